@@ -1,0 +1,325 @@
+"""Coalescing: concurrent calls share round trips, and every call ends by its deadline.
+
+Two parked lanes per stack, reads and writes, each with one call in flight and no timer that delays
+anything: what arrives while a call is in flight goes into the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import types
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from typing import Any, Final, Generic, TypeVar
+
+from kvpersist.driver import Batch, Capabilities, Committed, Driver, Entry, Put
+from kvpersist.errors import CommitUnknown, DeadlineExceeded, KvError, StoreClosed
+
+__all__ = ["Batched"]
+
+_MAX_OPERATIONS: Final = 512  # of one drain
+_MAX_BYTES: Final = 1 << 20  # of one drain
+_MAX_WAITING: Final = 10_000  # calls of one lane; a further one waits to be let in
+_GRACE: Final = 0.5  # seconds a cancelled driver call gets to end before it is abandoned
+
+_Work = TypeVar("_Work")
+_Answer = TypeVar("_Answer")
+
+
+class Batched:
+    """Wraps the top of a stack of linear layers and is a driver again.
+
+    Promised: a get that is called after a put's await returned sees it; two puts of one key by one
+    loop apply in their order; reads never wait for writes. A cancelled caller's operation is dropped
+    if its lane has not taken it yet; once taken it runs, and may be committed.
+    """
+
+    def __init__(self, driver: Driver, *, timeout: float | None = 10.0) -> None:
+        self.driver = driver
+        self.capabilities: Capabilities = driver.capabilities
+        self._timeout = timeout
+        coalesce = self.capabilities.coalesce
+        settles = self.capabilities.cancel_settles
+        self._reads = _Lane("get", self._get_merged, timeout, settles) if coalesce == "both" else None
+        self._writes = _Lane("commit", self._commit_merged, timeout, settles) if coalesce != "none" else None
+
+    async def get(self, keys: Sequence[str]) -> list[Entry | None]:
+        if self._reads is None:
+            return await self._within("get", self.driver.get(keys))
+        return await self._reads.submit(keys, len(keys), 0)
+
+    async def commit(self, batches: Sequence[Batch]) -> list[Committed | KvError]:
+        """As `Driver.commit`; a lost answer is returned as `CommitUnknown`, never raised."""
+        try:
+            if self._writes is None:
+                return await self._within("commit", self.driver.commit(batches))
+            return await self._submitted(self._writes, batches)
+        except CommitUnknown as lost:
+            return [_unknown(batch, lost.reason, lost.settled) for batch in batches]
+
+    async def _submitted(
+        self, lane: _Lane[Sequence[Batch], list[Committed | KvError]], batches: Sequence[Batch]
+    ) -> list[Committed | KvError]:
+        operations = size = 0
+        for batch in batches:
+            operations += len(batch.ops)
+            for op in batch.ops:
+                if type(op) is Put:
+                    size += len(op.value)
+        return await lane.submit(batches, operations, size)
+
+    async def scan(
+        self,
+        start: str | None,
+        end: str | None,
+        *,
+        limit: int,
+        reverse: bool = False,
+        keys_only: bool = False,
+        deref: str | None = None,
+    ) -> list[Entry]:
+        call = self.driver.scan(start, end, limit=limit, reverse=reverse, keys_only=keys_only, deref=deref)
+        return await self._within("scan", call)
+
+    async def close(self) -> None:
+        """End what was submitted, then close the driver."""
+        await self.drain()
+        await self.driver.close()
+
+    async def drain(self) -> None:
+        """End what was submitted and refuse what comes after it; the driver stays open."""
+        for lane in (self._writes, self._reads):
+            if lane is not None:
+                await lane.close()
+
+    async def _get_merged(self, calls: list[Sequence[str]]) -> list[list[Entry | None]]:
+        if len(calls) == 1:
+            return [await self.driver.get(calls[0])]
+        unique = list(dict.fromkeys([key for keys in calls for key in keys]))
+        found = dict(zip(unique, await self.driver.get(unique), strict=True))
+        return [[found[key] for key in keys] for keys in calls]
+
+    async def _commit_merged(self, calls: list[Sequence[Batch]]) -> list[list[Committed | KvError]]:
+        if len(calls) == 1:
+            return [await self.driver.commit(calls[0])]
+        outcomes = await self.driver.commit([batch for batches in calls for batch in batches])
+        answers: list[list[Committed | KvError]] = []
+        at = 0
+        for batches in calls:
+            answers.append(outcomes[at : at + len(batches)])
+            at += len(batches)
+        return answers
+
+    async def _within(self, operation: str, call: Coroutine[Any, Any, _Answer]) -> _Answer:
+        """Await a driver's call, which ends by the deadline; one that need not wait costs no timer."""
+        if self._timeout is None:
+            return await call
+        try:
+            waits_for = call.send(None)
+        except StopIteration as done:
+            return done.value
+        try:
+            async with asyncio.timeout(self._timeout) as deadline:
+                return await _resumed(call, waits_for)
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise
+            if operation == "commit":
+                reason = f"no answer in {self._timeout:g} s"
+                raise CommitUnknown((), reason, self.capabilities.cancel_settles) from error
+            raise DeadlineExceeded(operation, self._timeout) from error
+
+
+class _Call(Generic[_Work, _Answer]):
+    __slots__ = ("answer", "deadline", "operations", "size", "work")
+
+    def __init__(
+        self, work: _Work, operations: int, size: int, answer: asyncio.Future[_Answer], deadline: float
+    ) -> None:
+        self.work, self.operations, self.size, self.answer, self.deadline = work, operations, size, answer, deadline
+
+
+class _Lane(Generic[_Work, _Answer]):
+    """Calls in their order, one drain in flight. Belongs to the loop of its first call."""
+
+    def __init__(
+        self,
+        operation: str,
+        run: Callable[[list[_Work]], Awaitable[list[_Answer]]],
+        timeout: float | None,
+        settles: bool,
+    ) -> None:
+        self._operation = operation
+        self._run = run
+        self._timeout = timeout
+        self._settles = settles
+        self._waiting: deque[_Call[_Work, _Answer]] = deque()
+        self._flying: list[_Call[_Work, _Answer]] = []
+        self._cancelled = False  # the flight was cancelled because all of its calls are overdue
+        self._closed = False
+        self._worker: asyncio.Task[None] | None = None
+        self._parked: asyncio.Future[None] | None = None
+        self._room: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def submit(self, work: _Work, operations: int, size: int) -> _Answer:
+        loop = asyncio.get_running_loop()
+        deadline = 0.0 if self._timeout is None else loop.time() + self._timeout
+        if len(self._waiting) >= _MAX_WAITING:
+            await self._admitted(deadline)
+        if self._closed:
+            raise StoreClosed("the store was closed: open it again")
+        answer: asyncio.Future[_Answer] = loop.create_future()
+        self._waiting.append(_Call(work, operations, size, answer, deadline))
+        if self._parked is not None:
+            if not self._parked.done():
+                self._parked.set_result(None)
+        elif self._worker is None:
+            self._worker = loop.create_task(self._serve())
+        if self._timer is None and self._timeout is not None:
+            self._timer = loop.call_at(deadline, self._tick)
+        return await answer
+
+    async def close(self) -> None:
+        """Answer what was submitted, within the deadline, then refuse everything."""
+        self._closed = True
+        left = [call.answer for call in (*self._flying, *self._waiting) if not call.answer.done()]
+        if left:
+            await asyncio.wait(left, timeout=self._timeout)
+        worker, self._worker = self._worker, None
+        if self._timer is not None:
+            self._timer.cancel()
+        if worker is not None:
+            worker.cancel()
+            await asyncio.wait([worker], timeout=_GRACE)
+
+    async def _admitted(self, deadline: float) -> None:
+        try:
+            async with asyncio.timeout_at(deadline if self._timeout is not None else None):
+                while len(self._waiting) >= _MAX_WAITING:
+                    if self._room is None:
+                        self._room = asyncio.get_running_loop().create_future()
+                    await asyncio.shield(self._room)
+        except TimeoutError as error:
+            raise DeadlineExceeded(self._operation, self._timeout or 0) from error
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        me = asyncio.current_task()
+        assert me is not None
+        while True:
+            if not self._waiting:
+                self._parked = loop.create_future()
+                try:
+                    await self._parked
+                finally:
+                    self._parked = None
+            calls = self._take()
+            if not calls:
+                continue
+            self._flying, self._cancelled = calls, False
+            try:
+                answers = await self._run([call.work for call in calls])
+            except asyncio.CancelledError:
+                if not self._cancelled:  # the lane is closing
+                    _fail(calls, self._lost("the store was closed", settled=False))
+                    raise
+                me.uncancel()
+                _fail(calls, self._lost(f"no answer in {self._timeout:g} s", self._settles))
+            except Exception as error:  # whatever a driver raises belongs to these callers, not to the lane
+                _fail(calls, error)
+            else:
+                for call, answer in zip(calls, answers, strict=True):
+                    if not call.answer.done():
+                        call.answer.set_result(answer)
+            if self._worker is not me:  # abandoned: another worker serves the lane
+                return
+            self._flying = []
+
+    def _take(self) -> list[_Call[_Work, _Answer]]:
+        """Take whole calls, at least one, up to the limits of a drain; cancelled ones are dropped."""
+        calls: list[_Call[_Work, _Answer]] = []
+        operations = size = 0
+        waiting = self._waiting
+        while waiting:
+            call = waiting[0]
+            operations += call.operations
+            size += call.size
+            if calls and (operations > _MAX_OPERATIONS or size > _MAX_BYTES):
+                break
+            waiting.popleft()
+            if call.answer.done():
+                operations -= call.operations
+                size -= call.size
+            else:
+                calls.append(call)
+        if self._room is not None and len(waiting) < _MAX_WAITING:
+            self._room.set_result(None)
+            self._room = None
+        return calls
+
+    def _tick(self) -> None:
+        """Fail what is overdue; the lane's only timer."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        while self._waiting and (self._waiting[0].deadline <= now or self._waiting[0].answer.done()):
+            _fail([self._waiting.popleft()], self._late())
+        if self._flying and self._cancelled:
+            self._abandon()
+        elif self._flying and self._flying[-1].deadline <= now:  # the youngest, so all of them
+            self._cancelled = True
+            assert self._worker is not None
+            self._worker.cancel()
+            self._timer = loop.call_later(_GRACE, self._tick)
+            return
+        else:
+            _fail(
+                [call for call in self._flying if call.deadline <= now],
+                self._lost(f"no answer in {self._timeout:g} s", settled=False),
+            )
+        due = [call.deadline for call in self._flying if not call.answer.done()]
+        due += [self._waiting[0].deadline] if self._waiting else []
+        self._timer = loop.call_at(min(due), self._tick) if due else None
+        if self._timer is None and self._flying:
+            self._timer = loop.call_at(self._flying[-1].deadline, self._tick)
+
+    def _abandon(self) -> None:
+        """Leave a driver call that ignores its cancellation to itself, and serve the lane anew."""
+        _fail(self._flying, self._lost("the driver does not answer", settled=False))
+        self._flying, self._cancelled = [], False
+        self._worker = asyncio.get_running_loop().create_task(self._serve())
+
+    def _late(self) -> Exception:
+        return DeadlineExceeded(self._operation, self._timeout or 0)
+
+    def _lost(self, reason: str, settled: bool) -> Exception:
+        return CommitUnknown((), reason, settled) if self._operation == "commit" else self._late()
+
+
+def _fail(calls: Sequence[_Call[Any, Any]], error: Exception) -> None:
+    for call in calls:
+        if not call.answer.done():
+            own = copy.copy(error)  # an instance each: a traceback grows where an exception is raised
+            own.__cause__ = error.__cause__
+            call.answer.set_exception(own)
+
+
+def _unknown(batch: Batch, reason: str, settled: bool) -> CommitUnknown:
+    return CommitUnknown(tuple(op.key for op in batch.ops), reason, settled)
+
+
+@types.coroutine
+def _resumed(call: Coroutine[Any, Any, _Answer], waits_for: Any) -> Generator[Any, Any, _Answer]:
+    """Await a coroutine that was already started and has yielded ``waits_for``."""
+    while True:
+        try:
+            sent = yield waits_for
+        except BaseException as error:  # cancellation too belongs to the coroutine
+            step, argument = call.throw, error
+        else:
+            step, argument = call.send, sent
+        try:
+            waits_for = step(argument)
+        except StopIteration as done:
+            return done.value

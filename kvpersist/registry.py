@@ -1,0 +1,157 @@
+"""Which driver a URL scheme belongs to.
+
+A driver is an entry point of the group ``kvpersist.drivers``: its name is the scheme, its object a
+class with ``api``, ``Options`` and ``open`` (`kvpersist.driver.DriverClass`). kvpersist's own drivers
+come the same way. Names are read without importing anything; one driver is imported when its scheme
+is asked for, and one that cannot be imported does not stand in the way of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Final, cast
+
+import msgspec
+
+from kvpersist.driver import DRIVER_API, DriverClass
+from kvpersist.errors import BrokenPlugin, KvError, MissingExtra, UnknownScheme
+
+__all__ = ["DriverInfo", "driver_class", "list_drivers", "refresh", "schemes"]
+
+_GROUP: Final = "kvpersist.drivers"
+_OWN_DISTRIBUTION: Final = "kvpersist"
+
+
+class DriverInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One registered driver; ``error`` is None where nothing is known to be wrong with it."""
+
+    scheme: str
+    target: str  # "module:Class"
+    distribution: str
+    version: str
+    builtin: bool
+    error: str | None = None
+
+
+def driver_class(scheme: str) -> DriverClass:
+    """Import and return the driver of ``scheme``.
+
+    Raises:
+        UnknownScheme: none is registered.
+        MissingExtra: its client library is not installed.
+        BrokenPlugin: it cannot be imported, is made for another ``api``, or two distributions claim the scheme.
+    """
+    loaded = _loaded.get(scheme)
+    if loaded is not None:
+        return loaded
+    claims = _registered().get(scheme)
+    if claims is None:
+        raise unknown(scheme)
+    point, rivals = claims[0], claims[1:]
+    if rivals and not _is_own(point):
+        names = " and ".join(sorted(_distribution(claim) for claim in claims))
+        raise BrokenPlugin(scheme, point.value, f"{names} both register it: uninstall one")
+    try:
+        driver = _check(point, point.load())
+    except KvError as error:
+        _failed[scheme] = str(error)
+        raise
+    except Exception as error:  # a plugin's import runs foreign code, which may raise anything
+        _failed[scheme] = f"{type(error).__name__}: {error}"
+        raise BrokenPlugin(scheme, point.value, _failed[scheme]) from error
+    _failed.pop(scheme, None)
+    _loaded[scheme] = driver
+    return driver
+
+
+def schemes() -> tuple[str, ...]:
+    """Every registered scheme, in order; nothing is imported."""
+    return tuple(sorted(_registered()))
+
+
+def list_drivers(*, load: bool = False) -> list[DriverInfo]:
+    """Every registered driver, in the order of schemes, with what is wrong with it.
+
+    Args:
+        load: import each, to find those that cannot be; otherwise only failures met so far are told.
+    """
+    if load:
+        for scheme in schemes():
+            try:
+                driver_class(scheme)
+            except (BrokenPlugin, MissingExtra):
+                continue  # kept, and told below
+    listed: list[DriverInfo] = []
+    for scheme, claims in sorted(_registered().items()):
+        for position, point in enumerate(claims):
+            if position and _is_own(claims[0]):
+                error: str | None = "ignored: a scheme of kvpersist's own cannot be replaced"
+            elif len(claims) > 1 and not _is_own(claims[0]):
+                error = "ignored: registered by more than one distribution"
+            else:
+                error = _failed.get(scheme)
+            listed.append(
+                DriverInfo(
+                    scheme=scheme,
+                    target=point.value,
+                    distribution=_distribution(point),
+                    version=point.dist.version if point.dist else "",
+                    builtin=_is_own(point),
+                    error=error,
+                )
+            )
+    return listed
+
+
+def unknown(scheme: str) -> UnknownScheme:
+    """The error for a scheme that nobody registered, with the nearest one that somebody did."""
+    known = schemes()
+    near = get_close_matches(scheme, known, n=1, cutoff=0.5)
+    return UnknownScheme(scheme, near[0] if near else "", known)
+
+
+def refresh() -> None:
+    """Forget what was found and loaded: what was installed since then is seen."""
+    _registered.cache_clear()
+    _loaded.clear()
+    _failed.clear()
+
+
+_loaded: dict[str, DriverClass] = {}
+_failed: dict[str, str] = {}
+
+
+def _entry_points() -> Iterable[EntryPoint]:
+    return entry_points(group=_GROUP)
+
+
+@cache
+def _registered() -> dict[str, list[EntryPoint]]:
+    """Scheme -> those who claim it, kvpersist's own first; one scan of all distributions per process."""
+    found: dict[str, list[EntryPoint]] = {}
+    for point in sorted(_entry_points(), key=lambda point: (not _is_own(point), _distribution(point))):
+        found.setdefault(point.name, []).append(point)
+    return found
+
+
+def _distribution(point: EntryPoint) -> str:
+    return point.dist.name if point.dist else "unknown"
+
+
+def _is_own(point: EntryPoint) -> bool:
+    return _distribution(point) == _OWN_DISTRIBUTION
+
+
+def _check(point: EntryPoint, loaded: Any) -> DriverClass:
+    api = getattr(loaded, "api", None)
+    if api != DRIVER_API:
+        raise BrokenPlugin(point.name, point.value, f"it declares api = {api!r}, this kvpersist speaks {DRIVER_API}")
+    options = getattr(loaded, "Options", None)
+    if not (isinstance(options, type) and issubclass(options, msgspec.Struct)):
+        raise BrokenPlugin(point.name, point.value, "its Options is not a msgspec.Struct")
+    if not callable(getattr(loaded, "open", None)):
+        raise BrokenPlugin(point.name, point.value, "it has no open(options)")
+    return cast(DriverClass, loaded)

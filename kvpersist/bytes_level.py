@@ -1,0 +1,270 @@
+"""The bytes level of a store: what repositories, indexes and logs stand on.
+
+It mints versions, decides lost answers, and keeps the store's format record. Nothing here frames a
+value or guards a namespace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from typing import Final, Literal, Self, cast
+
+import msgspec
+
+from kvpersist import codec
+from kvpersist.batching import Batched
+from kvpersist.driver import (
+    ABSENT,
+    Batch,
+    Capabilities,
+    Clock,
+    Committed,
+    Compacts,
+    Driver,
+    Entry,
+    Op,
+    Put,
+    UsesClock,
+    deref_by_get,
+)
+from kvpersist.errors import (
+    CommitUnknown,
+    Conflict,
+    CorruptRecord,
+    ForkedStore,
+    FormatMismatch,
+    KvError,
+    ReadOnly,
+    StoreClosed,
+    Unavailable,
+    Unsupported,
+    WrongLoop,
+)
+
+__all__ = ["FORMAT", "BytesLevel"]
+
+FORMAT: Final = 1
+"""The number of the store format this version writes; every smaller one is read."""
+
+_FORMAT_KEY: Final = "kvpersist:format"
+_DECIDE: Final = 0.5  # seconds that looking for a lost write may take
+
+_forks = 0
+
+
+def _forked() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+class _Format(msgspec.Struct, kw_only=True):
+    format: int = FORMAT
+    keys: int = 1  # of the key escape
+    cipher: str | None = None
+    namespaces: list[str] = []
+    library: str = ""
+
+
+class BytesLevel:
+    """Entries of one open driver, in one event loop, in one process."""
+
+    def __init__(
+        self,
+        driver: Driver,
+        *,
+        codec: Literal["msgpack", "json"] | None,
+        timeout: float | None,
+        clock: Clock,
+        where: str,
+        owns_driver: bool,
+    ) -> None:
+        self.driver = driver
+        self.capabilities: Capabilities = driver.capabilities
+        self.codec: Literal["msgpack", "json"] = codec or self.capabilities.preferred_codec
+        self.clock = clock
+        self.where = where or type(driver).__name__
+        if clock is not time.time and isinstance(driver, UsesClock):
+            driver.clock = clock
+        self._lanes = Batched(driver, timeout=timeout)
+        self._owned: frozenset[str] = frozenset(("kvpersist",))
+        self._owns_driver = owns_driver
+        self._closed = False
+        self._forks = _forks
+        self._loop = asyncio.get_running_loop()
+        self._sweeper: asyncio.Task[None] | None = None
+
+    async def sweep(self) -> int:
+        """Remove expired entries now, where the backend does not do it itself; return how many."""
+        removed = 0
+        if isinstance(self.driver, Compacts):
+            while gone := await self.driver.compact(500):
+                removed += gone
+        return removed
+
+    async def close(self) -> None:
+        """End what is under way and release the backend; a second call does nothing."""
+        if self._closed or self._forks != _forks:
+            return
+        self._check()
+        self._closed = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            await asyncio.wait([self._sweeper])
+        if self._owns_driver:
+            await self._lanes.close()
+        else:
+            await self._lanes.drain()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _commit(self, ops: Sequence[Op]) -> bytes:
+        """Commit one batch and return the version its puts carry."""
+        [outcome] = await self._commit_each((ops,))
+        if isinstance(outcome, KvError):
+            raise outcome
+        return outcome
+
+    async def _commit_each(self, batches: Sequence[Sequence[Op]]) -> list[bytes | KvError]:
+        """Commit ``n`` independent batches in one call: ``n`` versions or errors in their order."""
+        self._check()
+        minted = [Batch(tuple(ops), os.urandom(8)) for ops in batches]
+        outcomes = await self._lanes.commit(minted)
+        answers: list[bytes | KvError] = []
+        for batch, outcome in zip(minted, outcomes, strict=True):
+            if type(outcome) is Committed:
+                answers.append(outcome.version)
+            elif isinstance(outcome, CommitUnknown):
+                answers.append(await self._decided(batch, outcome))
+            else:
+                answers.append(cast(KvError, outcome))
+        return answers
+
+    async def _entries(self, keys: Sequence[str]) -> list[Entry | None]:
+        self._check()
+        return await self._lanes.get(keys) if keys else []
+
+    async def _scan(
+        self,
+        start: str | None,
+        end: str | None,
+        *,
+        limit: int,
+        reverse: bool = False,
+        keys_only: bool = False,
+        deref: str | None = None,
+    ) -> list[Entry]:
+        self._check()
+        if deref is None or self.capabilities.deref:
+            return await self._lanes.scan(start, end, limit=limit, reverse=reverse, keys_only=keys_only, deref=deref)
+        found = await self._lanes.scan(start, end, limit=limit, reverse=reverse)
+        return await deref_by_get(self._lanes, found, deref)
+
+    async def _own(self, namespace: str) -> None:
+        """Note in the format record that a repository owns ``namespace``."""
+        while namespace not in self._owned:
+            [entry] = await self._entries([_FORMAT_KEY])
+            found = self._adopted(entry)
+            if namespace in self._owned:
+                return
+            found.namespaces = sorted({*found.namespaces, namespace})
+            try:
+                await self._commit((self._format_put(found, entry),))
+            except Conflict:
+                continue
+            except (ReadOnly, Unsupported):
+                pass  # a read-only store has no plain writes to guard against
+            self._owned |= {namespace}
+
+    async def _adopt(self) -> None:
+        """Read the format record, or write the first one; the loser of a race re-reads."""
+        while True:
+            [entry] = await self._entries([_FORMAT_KEY])
+            if entry is not None:
+                self._adopted(entry)
+                return
+            try:
+                await self._commit((self._format_put(_Format(library=_version()), None),))
+            except Conflict:
+                continue
+            except (ReadOnly, Unsupported):
+                return
+            return
+
+    def _adopted(self, entry: Entry | None) -> _Format:
+        if entry is None:
+            return _Format(library=_version())
+        try:
+            found = msgspec.convert(codec.decode_plain(_FORMAT_KEY, entry.value), _Format)
+        except (CorruptRecord, msgspec.ValidationError) as error:
+            raise FormatMismatch(self.where, "a damaged format record", f"format {FORMAT}") from error
+        if found.format > FORMAT:
+            raise FormatMismatch(self.where, f"format {found.format}", f"at most {FORMAT}: upgrade kvpersist")
+        if found.cipher is not None:
+            raise FormatMismatch(self.where, f"values encrypted with {found.cipher}", "plain values")
+        self._owned |= set(found.namespaces)
+        return found
+
+    def _format_put(self, record: _Format, seen: Entry | None) -> Put:
+        value = codec.encode_plain(_FORMAT_KEY, msgspec.to_builtins(record), "json")
+        if not self.capabilities.conditional:
+            return Put(_FORMAT_KEY, value)
+        return Put(_FORMAT_KEY, value, ABSENT if seen is None else seen.version)
+
+    def _start_sweeping(self, interval: float) -> None:
+        if isinstance(self.driver, Compacts) and self.capabilities.ttl == "swept":
+            self._sweeper = self._loop.create_task(self._sweep_every(interval))
+
+    async def _sweep_every(self, interval: float) -> None:
+        while True:
+            await asyncio.sleep(interval)
+            try:
+                await self.sweep()
+            except KvError:  # space is reclaimed at the next turn; expired entries are hidden either way
+                continue
+
+    def _check(self) -> None:
+        if self._forks != _forks:
+            raise ForkedStore("this store was opened before a fork: open it again in the child")
+        if self._closed:
+            raise StoreClosed("the store was closed: open it again")
+        if asyncio.get_running_loop() is not self._loop:
+            raise WrongLoop("the store belongs to another event loop: open one in each loop")
+
+    async def _decided(self, batch: Batch, lost: CommitUnknown) -> bytes | KvError:
+        """Decide a write whose answer was lost by looking for its version."""
+        puts = [op.key for op in batch.ops if type(op) is Put]
+        expected = {op.key: op.expect for op in batch.ops if type(op.expect) is bytes}
+        looked_at = list(dict.fromkeys((*puts, *expected)))
+        if not looked_at:
+            return lost
+        try:
+            async with asyncio.timeout(_DECIDE):
+                entries = await self._lanes.get(looked_at)
+        except (KvError, TimeoutError):
+            return lost
+        found = dict(zip(looked_at, entries, strict=True))
+        mine = [key for key in puts if (entry := found[key]) is not None and entry.version == batch.version]
+        if mine and (len(mine) == len(puts) or self.capabilities.atomic_batch != "none"):
+            deletes_done = self.capabilities.atomic_batch != "none" or len(puts) == len(batch.ops)
+            return batch.version if deletes_done else lost
+        untouched = any((entry := found[key]) is not None and entry.version == e for key, e in expected.items())
+        if lost.settled and untouched and self.capabilities.atomic_batch != "none":
+            return Unavailable(f"the write of {looked_at[0]!r} did not happen ({lost.reason}): try again")
+        return lost
+
+
+def _version() -> str:
+    from kvpersist import __version__
+
+    return __version__

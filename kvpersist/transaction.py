@@ -1,0 +1,110 @@
+"""Several keys at once: buffered writes that are committed as one batch."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from kvpersist import codec, keys
+from kvpersist.driver import ABSENT, Check, Delete, Entry, Expect, Op, Put
+from kvpersist.errors import Conflict, Unsupported
+
+if TYPE_CHECKING:
+    from kvpersist.store import Store
+
+__all__ = ["Transaction", "backoff"]
+
+
+class Transaction:
+    """Buffered writes of one `Store.atomic` block; what is read here is checked at the commit."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._seen: dict[str, Entry | None] = {}
+        self._staged: dict[str, Op] = {}
+
+    async def get(self, key: str, default: Any = None) -> Any:
+        """As `Store.get`, and the block fails at its end if somebody changes it meanwhile."""
+        [entry] = await self._entries([self.store._key(key)])
+        return default if entry is None else codec.decode_plain(key, entry.value)
+
+    def put(self, key: str, value: Any, *, ttl: float | None = None, raw: bool = False) -> None:
+        """Store ``value`` at the end of the block."""
+        self.store._may_write(key, raw)
+        self._stage((Put(key, codec.encode_plain(key, value, self.store.codec), None, self.store._expiry(ttl)),))
+
+    def delete(self, key: str, *, raw: bool = False) -> None:
+        """Remove the key at the end of the block."""
+        self.store._may_write(key, raw)
+        self._stage((Delete(key),))
+
+    async def _entries(self, keys: Sequence[str]) -> list[Entry | None]:
+        unread = [key for key in dict.fromkeys(keys) if key not in self._seen and key not in self._staged]
+        self._seen.update(zip(unread, await self.store._entries(unread), strict=True))
+        return [self._view(key) for key in keys]
+
+    def _view(self, key: str) -> Entry | None:
+        staged = self._staged.get(key)
+        if type(staged) is Put:
+            return Entry(key, staged.value, _PENDING, staged.expires_at)
+        return None if type(staged) is Delete else self._seen.get(key)
+
+    def _stage(self, ops: Sequence[Op]) -> None:
+        """Merge operations into the batch; conditions on what this block wrote are judged at once."""
+        for op in ops:
+            before = self._staged.get(op.key)
+            if type(before) is Put or type(before) is Delete:
+                self._judge(op)
+                condition = before.expect
+                if type(op) is Check:
+                    continue
+                self._staged[op.key] = _conditioned(op, condition)
+            elif before is not None and op.expect is None:
+                self._staged[op.key] = _conditioned(op, before.expect)
+            elif op.expect is None and op.key in self._seen:
+                entry = self._seen[op.key]
+                self._staged[op.key] = _conditioned(op, ABSENT if entry is None else entry.version)
+            else:
+                self._staged[op.key] = op
+
+    def _judge(self, op: Op) -> None:
+        if op.expect is None:
+            return
+        present = self._view(op.key)
+        if (op.expect is ABSENT) != (present is None) or (present is not None and op.expect != _PENDING):
+            raise Conflict(op.key, op.expect, ABSENT if present is None else _PENDING)
+
+    async def _commit(self) -> None:
+        ops: list[Op] = [
+            Check(key, ABSENT if entry is None else entry.version)
+            for key, entry in self._seen.items()
+            if key not in self._staged
+        ]
+        for op in self._staged.values():
+            # a delete of what was absent before the block, or was made in it, only checks that
+            ops.append(Check(op.key, ABSENT) if type(op) is Delete and cast(Any, op.expect) is ABSENT else op)
+        if not any(type(op) is not Check for op in ops):
+            ops = [op for op in ops if op.key in self._seen]
+        if not ops:
+            return
+        if self.store.capabilities.atomic_batch == "partition" and len({keys.partition(op.key) for op in ops}) > 1:
+            raise Unsupported("a batch over several namespaces", "keep what changes together in one namespace")
+        await self.store._commit(ops)
+
+
+_PENDING: Final = b"pending!"  # the version shown for what the block itself wrote
+
+
+def _conditioned(op: Op, expect: Expect | None) -> Op:
+    if type(op) is Put:
+        return Put(op.key, op.value, expect, op.expires_at)
+    if type(op) is Delete:
+        return Delete(op.key, cast(Any, expect))  # ABSENT here becomes a Check at the commit
+    return op
+
+
+async def backoff(attempt: int, *, base: float = 0.002, longest: float = 0.25) -> None:
+    """Wait with full jitter before attempt ``attempt + 1``; times in seconds."""
+    await asyncio.sleep(random.uniform(0, min(longest, base * 2**attempt)))  # noqa: S311  # not a secret

@@ -11,7 +11,7 @@
 
 Parameters named ``kv.<name>`` are ours: a setting of the store (`StoreSettings`) or an option of the
 driver. Every other parameter belongs to the backend and passes through. Durations are seconds, or
-carry a unit: ``500ms``, ``30s``, ``5m``, ``12h``, ``7d``, ``2w``.
+carry a unit: ``500ms``, ``30s``, ``5m``, ``12h``, ``7d``, ``2w``; ``none`` is None.
 
 How a driver's ``Options`` (a Struct) receives the pieces of a URL: a field called ``url``, ``host``,
 ``port``, ``username``, ``password``, ``path`` or ``params`` gets the piece of that name of `UrlParts`,
@@ -25,10 +25,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import PurePath
-from typing import Annotated, Any, Final, Literal, TypeAlias, TypedDict
+from typing import Annotated, Any, Final, Literal, TypeAlias, TypedDict, get_type_hints
 from urllib.parse import unquote, unquote_plus
 
 import msgspec
@@ -37,13 +37,23 @@ from kvpersist import registry
 from kvpersist.driver import DriverClass
 from kvpersist.errors import BadOption
 
-__all__ = ["StoreSettings", "Target", "UrlParts", "Where", "parse", "parse_duration", "redact", "split"]
+__all__ = [
+    "StoreSettings",
+    "Target",
+    "UrlParts",
+    "Where",
+    "parse",
+    "parse_duration",
+    "redact",
+    "redact_option",
+    "split",
+]
 
 Where: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
 """What names a store: a URL, a path, or a mapping with a ``type`` or ``url`` key."""
 
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}  # seconds
-_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|w)")
+_DURATION: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d|w)")
 _SQLITE_FILE: Final = (".db", ".sqlite", ".sqlite3")
 _SECRET: Final = re.compile(
     r"(?i)(pass|secret|token|credential|signature|api_?key|access_?key|account_?key|^sig$|^key$)"
@@ -60,6 +70,9 @@ class StoreSettings(TypedDict, total=False):
     ttl: _Duration | None
     sweep: _Duration | None
     codec: Literal["msgpack", "json"]
+
+
+_SETTINGS: Final[dict[str, Any]] = get_type_hints(StoreSettings, include_extras=True)
 
 
 class UrlParts(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,7 +177,7 @@ def parse_duration(text: str) -> float:
     found = _DURATION.findall(text)
     if found and "".join(number + unit for number, unit in found) == text:
         return sum(float(number) * _UNITS[unit] for number, unit in found)
-    if re.fullmatch(r"\d+(\.\d+)?", text):
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
         return float(text)
     raise ValueError(f"{_clip(text)!r} is not a duration such as 500ms, 30s, 12h or 7d")
 
@@ -181,23 +194,33 @@ def redact(url: str) -> str:
         return url
     address, mark, query = _redact_userinfo(rest).partition("?")
     pairs = [
-        f"{name}=***" if value and _SECRET.search(unquote_plus(name).removeprefix("kv.")) else name + equals + value
+        f"{name}=***" if value and _is_secret(unquote_plus(name)) else name + equals + value
         for name, equals, value in (pair.partition("=") for pair in query.split("&"))
     ]
     return f"{scheme}://{address}{mark}{'&'.join(pairs)}"
 
 
+def redact_option(name: str, value: Any) -> str:
+    """Return the value of one option of a mapping for people to read, without what is secret in it."""
+    if isinstance(value, Mapping):
+        return "{...}"
+    return "***" if _is_secret(name) else redact(str(value))
+
+
 def _parse_mapping(where: Mapping[str, Any]) -> Target:
-    given = {str(key).removeprefix("kv."): value for key, value in where.items()}
-    if len(given) != len(where):
-        raise BadOption("kv.", "one option is given twice, with and without kv.")
+    given: dict[str, Any] = {}
+    for name, value in where.items():
+        option = str(name).removeprefix("kv.")
+        if option in given:
+            raise BadOption(option, "it is given twice, with kv. and without")
+        given[option] = value
     scheme = given.pop("type", None)
     if isinstance(scheme, str):
         return _target(scheme.lower(), None, given, f"{scheme.lower()}://{_shown_place(given)}")
     if scheme is None and isinstance(url := given.pop("url", None), str | os.PathLike):
         parts, ours = split(os.fspath(url))
         if twice := sorted(ours.keys() & given.keys()):
-            raise BadOption(f"kv.{twice[0]}", "it is given in the URL and beside it: leave one out")
+            raise BadOption(twice[0], "it is given in the URL and beside it: leave one out")
         return _target(parts.scheme, parts, {**ours, **given}, redact(parts.url))
     raise BadOption("type", 'a mapping names its store by {"type": "sqlite", ...} or {"url": "sqlite:///x.db", ...}')
 
@@ -206,20 +229,17 @@ def _target(scheme: str, parts: UrlParts | None, given: dict[str, Any], shown: s
     """``parts`` is None where a mapping gave every field by its name."""
     driver = registry.driver_class(scheme)
     fields = {field.name: field.type for field in msgspec.structs.fields(driver.Options)}
-    settings = {name: given[name] for name in given if name in StoreSettings.__annotations__}
-    named = {name: given[name] for name in given if name not in settings}
-    from_parts = {} if parts is None else _place(driver, fields, parts)
-    reachable = fields.keys() - (_PIECES if parts is not None else ())
-    for name in named:
-        if name not in reachable or name in from_parts:
-            raise _unknown_option(name, [*reachable, *StoreSettings.__annotations__], prefixed=parts is not None)
-    kinds: dict[str, Any] = _setting_types()
-    return Target(
-        scheme,
-        _build(driver, {**from_parts, **{name: _convert(name, value, fields[name]) for name, value in named.items()}}),
-        msgspec.convert({name: _convert(name, value, kinds[name]) for name, value in settings.items()}, StoreSettings),
-        shown,
-    )
+    placed = {} if parts is None else _place(driver, fields, parts)
+    types = fields if parts is None else {name: fields[name] for name in fields if name not in {*_PIECES, *placed}}
+    types |= _SETTINGS
+    prefix = "" if parts is None else "kv."
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in types:
+            raise _unknown_option(prefix + name, [prefix + known for known in types])
+        values[name] = _convert(prefix + name, value, types[name])
+    settings = {name: values.pop(name) for name in _SETTINGS if name in values}
+    return Target(scheme, _build(driver, placed | values), msgspec.convert(settings, StoreSettings), shown)
 
 
 def _place(driver: DriverClass, fields: Mapping[str, Any], parts: UrlParts) -> dict[str, Any]:
@@ -237,7 +257,8 @@ def _place(driver: DriverClass, fields: Mapping[str, Any], parts: UrlParts) -> d
     if "host" in lost and "name" in placed:
         lost.remove("host")
     if "params" in lost:
-        raise _unknown_option(next(iter(parts.params)), [*fields, *StoreSettings.__annotations__], prefixed=True)
+        known = [name for name in fields if name not in _PIECES] + list(_SETTINGS)
+        raise _unknown_option(next(iter(parts.params)), ["kv." + name for name in known])
     if "host" in lost and "path" in fields:
         raise BadOption("url", f"two slashes name a host: write {parts.scheme}:///rel.db, or //// for an absolute path")
     if lost:
@@ -245,26 +266,18 @@ def _place(driver: DriverClass, fields: Mapping[str, Any], parts: UrlParts) -> d
     return placed
 
 
-def _setting_types() -> dict[str, Any]:
-    kinds: dict[str, Any] = dict.fromkeys(("timeout", "ttl", "sweep"), _Duration | None)
-    kinds["codec"] = Literal["msgpack", "json"]
-    return kinds
-
-
-def _convert(name: str, value: Any, kind: Any) -> Any:
+def _convert(option: str, value: Any, kind: Any) -> Any:
     if isinstance(value, PurePath):
         value = str(value)
-    if isinstance(value, str) and value.lower() == "none":
-        value = "null"
     try:
         return msgspec.convert(value, kind, strict=False)
     except msgspec.ValidationError as error:
-        if isinstance(value, str) and _takes_number(kind):
-            try:
-                return msgspec.convert(parse_duration(value), kind, strict=False)
-            except (ValueError, msgspec.ValidationError) as worse:
-                raise BadOption(f"kv.{name}", str(worse)) from None
-        raise BadOption(f"kv.{name}", str(error)) from None
+        if not isinstance(value, str) or not (value == "none" or _takes_number(kind)):
+            raise BadOption(option, str(error)) from None
+    try:
+        return msgspec.convert(None if value == "none" else parse_duration(value), kind)
+    except (ValueError, msgspec.ValidationError) as error:
+        raise BadOption(option, str(error)) from None
 
 
 def _build(driver: DriverClass, values: dict[str, Any]) -> msgspec.Struct:
@@ -282,12 +295,10 @@ def _takes_number(kind: Any) -> bool:
     return any(isinstance(one, msgspec.inspect.FloatType) for one in kinds)
 
 
-def _unknown_option(name: str, known: Iterable[str], *, prefixed: bool) -> BadOption:
-    prefix = "kv." if prefixed else ""
-    names = sorted(set(known))
-    near = get_close_matches(name.removeprefix("kv."), names, n=1)
-    meant = f"did you mean {prefix}{near[0]}?" if near else "known: " + ", ".join(prefix + one for one in names)
-    return BadOption(name, f"there is no such option; {meant}")
+def _unknown_option(option: str, known: Sequence[str]) -> BadOption:
+    near = get_close_matches(option, known, n=1) or [name for name in known if name == "kv." + option]
+    meant = f"did you mean {near[0]}?" if near else "known: " + ", ".join(sorted(known))
+    return BadOption(option, f"there is no such option; {meant}")
 
 
 def _split_query(query: str) -> tuple[str, dict[str, str], dict[str, str]]:
@@ -338,6 +349,10 @@ def _redact_userinfo(rest: str) -> str:
         return rest
     user, colon, _ = rest[:end].partition(":")
     return f"{user}{colon}{'***' if colon else ''}{rest[end:]}"
+
+
+def _is_secret(name: str) -> bool:
+    return _SECRET.search(name.removeprefix("kv.")) is not None
 
 
 def _shown_place(given: Mapping[str, Any]) -> str:

@@ -92,6 +92,7 @@ class BytesLevel:
         self.where = where or type(driver).__name__
         if clock is not time.time and isinstance(driver, UsesClock):
             driver.clock = clock
+        self.timeout = timeout  # seconds, per call; None: never
         self._lanes = Batched(driver, timeout=timeout)
         self._owned: frozenset[str] = frozenset(("kvpersist",))
         self._owns_driver = owns_driver

@@ -6,8 +6,9 @@ open to the last close of the name, and are gone after it (a driver that is neve
 them). Nothing survives the process.
 
 ``get`` and ``commit`` never suspend, so a cancelled call has either not begun or is done. A batch
-is seen whole or not at all, by the other threads of a named space too; a private one belongs to one. Keys are ordered as Python orders text, by code
-point, which is the order of their UTF-8 bytes as long as they hold no lone surrogates.
+is seen whole or not at all, by the other threads of a named space too; a private space belongs to
+one thread. Keys are ordered as Python orders text, by code point, which is the order of their UTF-8
+bytes as long as they hold no lone surrogates.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a driver's author, or an application's tests, need: the contract, a model, faults, fixtures.
 
-`DriverContract`, `AWKWARD_KEYS` and `driver_machine` load pytest or hypothesis, and only when they
-are asked for.
+The names of `contract` and `model` load pytest and hypothesis, and only when they are asked for. The
+fixtures are in `plugin`, which pytest loads by itself.
 """
 
 from __future__ import annotations
@@ -10,16 +10,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from kvpersist.testing.clock import ManualClock
+from kvpersist.testing.faults import Crashed, Fault, FaultyDriver, Gate
 
 if TYPE_CHECKING:
     from kvpersist.testing.contract import AWKWARD_KEYS, DriverContract, batch
+    from kvpersist.testing.model import DriverMachine, driver_machine
 
-__all__ = ["AWKWARD_KEYS", "DriverContract", "ManualClock", "batch"]
+__all__ = [
+    "AWKWARD_KEYS",
+    "Crashed",
+    "DriverContract",
+    "DriverMachine",
+    "Fault",
+    "FaultyDriver",
+    "Gate",
+    "ManualClock",
+    "batch",
+    "driver_machine",
+]
 
 _LAZY: Final = {
     "AWKWARD_KEYS": "contract",
     "DriverContract": "contract",
     "batch": "contract",
+    "DriverMachine": "model",
+    "driver_machine": "model",
 }
 
 

@@ -49,7 +49,7 @@ def driver_class(scheme: str) -> DriverClass:
         return loaded
     claims = _registered().get(scheme)
     if claims is None:
-        raise unknown(scheme)
+        raise _unknown(scheme)
     point, rivals = claims[0], claims[1:]
     if rivals and not _is_own(point):
         names = " and ".join(sorted(_distribution(claim) for claim in claims))
@@ -106,7 +106,7 @@ def list_drivers(*, load: bool = False) -> list[DriverInfo]:
     return listed
 
 
-def unknown(scheme: str) -> UnknownScheme:
+def _unknown(scheme: str) -> UnknownScheme:
     """The error for a scheme that nobody registered, with the nearest one that somebody did."""
     known = schemes()
     near = get_close_matches(scheme, known, n=1, cutoff=0.5)

@@ -7,17 +7,62 @@ are first asked for, so that importing kvpersist costs next to nothing.
 from __future__ import annotations
 
 import importlib
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from kvpersist.agents.persistence import Persistence
+    from kvpersist.agents.persistence import open as open
+    from kvpersist.agents.records import Message, Session, TimelineItem, ToolCall, ToolCallPart
+    from kvpersist.errors import CommitUnknown, Conflict, KvError, Unavailable
+    from kvpersist.index import Index, at_least, at_most, between
+    from kvpersist.log import Log
+    from kvpersist.repository import Page, Repository
+    from kvpersist.store import Info, Store, Versioned, open_store
+    from kvpersist.transaction import Transaction
+
+__all__ = [
+    "CommitUnknown",
+    "Conflict",
+    "Index",
+    "Info",
+    "KvError",
+    "Log",
+    "Message",
+    "Page",
+    "Persistence",
+    "Repository",
+    "Session",
+    "Store",
+    "TimelineItem",
+    "ToolCall",
+    "ToolCallPart",
+    "Transaction",
+    "Unavailable",
+    "Versioned",
+    "__version__",
+    "at_least",
+    "at_most",
+    "between",
+    "open_store",
+]
 
 __version__ = "0.1.0"
 
-_LAZY: Final[dict[str, str]] = {}
+_HOMES: Final = {
+    "kvpersist.agents.persistence": ("Persistence", "open"),
+    "kvpersist.agents.records": ("Message", "Session", "TimelineItem", "ToolCall", "ToolCallPart"),
+    "kvpersist.errors": ("CommitUnknown", "Conflict", "KvError", "Unavailable"),
+    "kvpersist.index": ("Index", "at_least", "at_most", "between"),
+    "kvpersist.log": ("Log",),
+    "kvpersist.repository": ("Page", "Repository"),
+    "kvpersist.store": ("Info", "Store", "Versioned", "open_store"),
+    "kvpersist.transaction": ("Transaction",),
+}
+_MODULE_OF: Final = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    module = _LAZY.get(name)
+    module = _MODULE_OF.get(name)
     if module is None:
         raise AttributeError(f"module 'kvpersist' has no attribute {name!r}")
     value = getattr(importlib.import_module(module), name)
@@ -26,4 +71,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_MODULE_OF})

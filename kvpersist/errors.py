@@ -358,7 +358,8 @@ class MalformedRecord(BadRequest):
         self.source, self.record, self.field, self.reason = source, record, field, reason
 
     def __str__(self) -> str:
-        return f"{self.source}: record {self.record}, field {self.field}: {self.reason}"
+        field = f", field {self.field}" if self.field else ""
+        return f"{self.source}: record {self.record}{field}: {self.reason}"
 
 
 class CorruptRecord(KvError, ValueError):

@@ -1,0 +1,335 @@
+"""Conversations: demo, import, sessions, timeline, search, stats, export."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import sys
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+from importlib.resources import as_file, files
+from typing import Annotated, Any, Literal
+
+import msgspec
+from cyclopts import Parameter
+
+import kvpersist
+from kvpersist.agents.persistence import Persistence
+from kvpersist.agents.records import Message, Session, SessionStat
+from kvpersist.cli.options import FOR_PEOPLE, USUAL_STORE, Output, StoreOption
+from kvpersist.cli.render import (
+    ago,
+    one_line,
+    print_items,
+    print_json,
+    print_rows,
+    progress_bar,
+    say,
+    write,
+    write_bytes,
+)
+from kvpersist.cli.timeline import content_text, print_timeline
+from kvpersist.errors import BadOption
+from kvpersist.ops.chat_export import ExportFormat, export_session
+from kvpersist.ops.chat_formats import ChatFormat
+from kvpersist.ops.chat_import import ImportReport, import_chats
+from kvpersist.urls import redact
+
+__all__ = ["demo", "export", "import_", "search", "sessions", "stats", "timeline"]
+
+_DEMO_USER = "demo"
+
+
+async def demo(*, store: StoreOption = USUAL_STORE) -> int:
+    """Put a sample conversation into the store and show its timeline; a second run only shows it."""
+    async with kvpersist.open(store.url) as db:
+        with as_file(files("kvpersist.cli") / "demo.json") as path:
+            report = await import_chats(db, path, user=_DEMO_USER)
+        assert report.first is not None  # noqa: S101 - the file is ours
+        await _show(db, report.first, full=False)
+    where = f" --url {shlex.quote(redact(store.url))}" if store.url else ""
+    say("Try next:")
+    say(f"  kvpersist sessions{where}")
+    say(f"  kvpersist search depot{where}")
+    say(f"  kvpersist export {report.first}{where} > late-parcel.json")
+    return 0
+
+
+async def import_(
+    *paths: Annotated[str, Parameter(name="FILE")],
+    format: ChatFormat = "auto",
+    user: str | None = None,
+    new: Annotated[bool, Parameter(negative="")] = False,
+    on_error: Literal["stop", "skip"] = "stop",
+    store: StoreOption = USUAL_STORE,
+    output: Output = FOR_PEOPLE,
+) -> int:
+    """Import conversations from files; what the store holds already is not imported again.
+
+    Args:
+        paths: files of conversations; '-' is stdin.
+        format: what they hold; auto looks into each.
+        user: who the sessions belong to; default: whom the file names.
+        new: make copies with new ids, whatever is there.
+        on_error: stop at a record that is no conversation, or skip it and say so.
+        store: which store.
+        output: in which form.
+    """
+    if not paths:
+        raise BadOption("FILE", "name at least one file, or '-' for stdin")
+    reports: list[ImportReport] = []
+    async with kvpersist.open(store.url) as db:
+        for path in paths:
+            with progress_bar(path) as progress:
+                source = sys.stdin.buffer if path == "-" else path
+                report = await import_chats(
+                    db, source, format=format, user=user, new=new, on_error=on_error, progress=progress
+                )
+            reports.append(report)
+            _tell_import(report)
+    if output.json or output.jsonl:
+        for value in map(_plain_report, reports) if output.jsonl else [[_plain_report(one) for one in reports]]:
+            print_json(value, compact=output.jsonl)
+    return 0
+
+
+async def sessions(
+    *,
+    user: str | None = None,
+    limit: Annotated[int, Parameter(name=["--limit", "-n"])] = 20,
+    all: Annotated[bool, Parameter(negative="")] = False,
+    store: StoreOption = USUAL_STORE,
+    output: Output = FOR_PEOPLE,
+) -> int:
+    """List sessions, newest first.
+
+    Args:
+        user: only those of this user.
+        limit: at most so many.
+        all: all of them, however many there are.
+        store: which store.
+        output: in which form.
+    """
+    async with kvpersist.open(store.url) as db:
+        rows = _sessions(db, user, None if all else limit)
+        if output.json or output.jsonl:
+            await print_items((_plain_session(session, stat) async for session, stat in rows), output)
+            return 0
+        found = [row async for row in rows]
+        if not found:
+            say("no sessions here yet; try: kvpersist demo")
+            return 0
+        titles = await asyncio.gather(*(_title(db, session) for session, _ in found))
+    now = datetime.now(UTC)
+    print_rows(
+        ("id", "title", "user", "messages", "calls", "failed", "updated"),
+        [
+            (
+                session.id,
+                one_line(title, 60),
+                session.user_id or "-",
+                str(stat.messages),
+                str(stat.tool_calls),
+                str(sum(tool.failed for tool in stat.tools.values())),
+                ago(stat.updated_at, now),
+            )
+            for (session, stat), title in zip(found, titles, strict=True)
+        ],
+        right=("messages", "calls", "failed"),
+    )
+    return 0
+
+
+async def timeline(
+    session_id: Annotated[str, Parameter(name="ID")],
+    /,
+    *,
+    full: Annotated[bool, Parameter(negative="")] = False,
+    store: StoreOption = USUAL_STORE,
+    output: Output = FOR_PEOPLE,
+) -> int:
+    """Show a session: messages, tool calls, results, errors.
+
+    Args:
+        session_id: the session.
+        full: cut nothing on a terminal; a pipe gets everything anyway.
+        store: which store.
+        output: in which form.
+    """
+    async with kvpersist.open(store.url) as db:
+        if output.json or output.jsonl:
+            session = await db.sessions.get(session_id)
+            if session is None:
+                return _no_session(session_id)
+            items = await db.timeline(session_id)
+            if output.json:
+                print_json({"session": session, "items": items})
+            else:
+                for item in items:
+                    print_json(item, compact=True)
+            return 0
+        return await _show(db, session_id, full=full)
+
+
+async def search(
+    text: str,
+    /,
+    *,
+    user: str | None = None,
+    session: str | None = None,
+    limit: Annotated[int, Parameter(name=["--limit", "-n"])] = 20,
+    store: StoreOption = USUAL_STORE,
+    output: Output = FOR_PEOPLE,
+) -> int:
+    """Find messages by their text, in any case.
+
+    Args:
+        text: what to look for.
+        user: only in sessions of this user.
+        session: only in this session.
+        limit: at most so many.
+        store: which store.
+        output: in which form.
+    """
+    async with kvpersist.open(store.url) as db:
+        found = await db.messages.search(text, user_id=user, session_id=session, limit=limit)
+    if output.json or output.jsonl:
+        for value in found if output.jsonl else [found]:
+            print_json(value, compact=output.jsonl)
+        return 0
+    if not found:
+        say(f"nothing found for {text!r}")
+        return 0
+    print_rows(
+        ("session", "number", "role", "text"),
+        [(hit.session_id, str(hit.number), hit.role, _around(hit, text)) for hit in found],
+        right=("number",),
+    )
+    return 0
+
+
+async def stats(*, store: StoreOption = USUAL_STORE, output: Output = FOR_PEOPLE) -> int:
+    """Count what the store holds, without reading contents."""
+    async with kvpersist.open(store.url) as db:
+        counted = await db.stats()
+    if output.json or output.jsonl:
+        print_json(msgspec.to_builtins(counted), compact=output.jsonl)
+        return 0
+    rows: list[tuple[str, str]] = [
+        ("sessions", f"{counted.sessions:,}"),
+        ("messages", f"{counted.messages:,}"),
+        *((f"  {role}", f"{count:,}") for role, count in _most_first(counted.messages_by_role)),
+        ("tool calls", f"{counted.tool_calls:,}"),
+        *((f"  {name}", f"{count:,}") for name, count in _most_first(counted.tool_calls_by_name)),
+        ("tool errors", f"{counted.tool_errors:,}"),
+    ]
+    width = max(len(name) for name, _ in rows) + 2
+    numbers = max(len(number) for _, number in rows)
+    for name, number in rows:
+        write(f"{name:{width}}{number:>{numbers}}\n")
+    return 0
+
+
+async def export(
+    session_id: Annotated[str, Parameter(name="ID")],
+    /,
+    *,
+    format: ExportFormat | None = None,
+    store: StoreOption = USUAL_STORE,
+    output: Output = FOR_PEOPLE,
+) -> int:
+    """Write a session to stdout, in a form that `kvpersist import` reads.
+
+    Args:
+        session_id: the session.
+        format: kvpersist holds everything; openai and jsonl are for other tools (--jsonl means the latter).
+        store: which store.
+        output: in which form.
+    """
+    chosen: ExportFormat = format or ("jsonl" if output.jsonl else "kvpersist")
+    async with kvpersist.open(store.url) as db:
+        data = await export_session(db, session_id, chosen)
+    if data is None:
+        return _no_session(session_id)
+    write_bytes(data)
+    return 0
+
+
+async def _show(db: Persistence, session_id: str, *, full: bool) -> int:
+    session = await db.sessions.get(session_id)
+    if session is None:
+        return _no_session(session_id)
+    items = await db.timeline(session_id)
+    title = await _title(db, session)
+    print_timeline(msgspec.structs.replace(session, title=one_line(title, 100)), items, full=full)
+    return 0
+
+
+def _no_session(session_id: str) -> int:
+    say(f"no such session: {session_id}", style="red")
+    say("  try: kvpersist sessions")
+    return 3
+
+
+async def _sessions(db: Persistence, user: str | None, limit: int | None) -> AsyncIterator[tuple[Session, SessionStat]]:
+    found = db.sessions.iterate() if user is None else db.sessions.iterate(user_id=user)
+    left = limit
+    if left is not None and left <= 0:
+        return
+    async for session in found:
+        stat = await db.sessions.stat(session.id)
+        if stat is None:
+            continue  # deleted meanwhile
+        yield session, stat
+        if left is not None:
+            left -= 1
+            if left == 0:
+                return
+
+
+async def _title(db: Persistence, session: Session) -> str:
+    """The session's title, or what its user said first."""
+    if session.title:
+        return session.title
+    for message in await db.messages.range(session.id, limit=3):
+        if message.role == "user":
+            return content_text(message.content)
+    return "-"
+
+
+def _around(message: Message, text: str) -> str:
+    """The part of the message's text where ``text`` stands."""
+    said = one_line(content_text(message.content))
+    at = max(0, said.lower().find(text.lower()) - 30)
+    return ("…" if at else "") + one_line(said[at:], 100)
+
+
+def _plain_session(session: Session, stat: SessionStat) -> dict[str, Any]:
+    return {
+        **{field: getattr(session, field) for field in session.__struct_fields__},
+        "messages": stat.messages,
+        "tool_calls": stat.tool_calls,
+        "failed": sum(tool.failed for tool in stat.tools.values()),
+    }
+
+
+def _plain_report(report: ImportReport) -> dict[str, Any]:
+    skipped = [{"record": one.record, "field": one.field, "reason": one.reason} for one in report.skipped]
+    return {**{field: getattr(report, field) for field in report.__struct_fields__}, "skipped": skipped}
+
+
+def _tell_import(report: ImportReport) -> None:
+    for one in report.skipped:
+        say(f"{one.code} skipped {one}", style="yellow")
+    parts = [f"{report.sessions:,} sessions with {report.messages:,} messages imported"]
+    if report.completed:
+        parts.append(f"{report.completed:,} completed")
+    if report.present:
+        parts.append(f"{report.present:,} already there")
+    if report.skipped:
+        parts.append(f"{len(report.skipped):,} skipped")
+    say(f"{report.source}: {', '.join(parts)}")
+
+
+def _most_first(counts: dict[str, int]) -> Sequence[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))

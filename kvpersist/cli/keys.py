@@ -1,0 +1,202 @@
+"""Raw keys: ls, get, put, rm."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+import msgspec
+from cyclopts import Parameter
+
+from kvpersist.cli.options import FOR_PEOPLE, USUAL_STORE, Output, StoreOption
+from kvpersist.cli.render import clean, is_terminal, print_items, print_json, say, write, write_bytes
+from kvpersist.driver import ABSENT
+from kvpersist.errors import BadOption, CorruptRecord
+from kvpersist.store import Store, open_store
+from kvpersist.urls import parse_duration
+
+__all__ = ["get", "ls", "put", "rm"]
+
+
+async def ls(
+    prefix: str = "",
+    /,
+    *,
+    depth: Annotated[int | None, Parameter(name=["--depth", "-d"])] = None,
+    limit: Annotated[int | None, Parameter(name=["--limit", "-n"])] = None,
+    store: StoreOption = USUAL_STORE,
+    output: Output = FOR_PEOPLE,
+) -> int:
+    """List keys in order, one per line; values are not read.
+
+    Args:
+        prefix: only keys that start with this text.
+        depth: leave out keys with this many further ':' behind the prefix.
+        limit: at most so many.
+        store: which store.
+        output: in which form.
+    """
+    async with open_store(store.url) as opened:
+
+        async def found() -> AsyncIterator[str]:
+            left = limit
+            if left is not None and left <= 0:
+                return
+            async for key in opened.keys(prefix, max_depth=depth):
+                yield key
+                if left is not None:
+                    left -= 1
+                    if left == 0:
+                        return
+
+        if output.json or output.jsonl:
+            await print_items(found(), output)
+        else:
+            async for key in found():
+                write((clean(key) if is_terminal() else key) + "\n")
+    return 0
+
+
+async def get(
+    key: str,
+    /,
+    *,
+    as_bytes: Annotated[bool, Parameter(name="--bytes", negative="")] = False,
+    store: StoreOption = USUAL_STORE,
+    output: Output = FOR_PEOPLE,
+) -> int:
+    """Print the value of a key: text and bytes as they are, everything else as JSON.
+
+    Args:
+        key: the key.
+        as_bytes: print the stored bytes, frame and all.
+        store: which store.
+        output: in which form.
+    """
+    async with open_store(store.url) as opened:
+        found, value = await (_stored if as_bytes else _value)(opened, key)
+    if not found:
+        say(f"no such key: {key}", style="red")
+        return 3
+    if output.json or output.jsonl:
+        print_json(value, compact=output.jsonl)
+    elif isinstance(value, bytes):
+        write_bytes(value)
+    elif isinstance(value, str):
+        write((clean(value) if is_terminal() else value) + "\n")
+    else:
+        print_json(value)
+    return 0
+
+
+async def put(
+    key: str,
+    value: str = "-",
+    /,
+    *,
+    form: Annotated[Literal["text", "json", "bytes"], Parameter(name="--as")] = "text",
+    ttl: str | None = None,
+    if_absent: Annotated[bool, Parameter(negative="")] = False,
+    store: StoreOption = USUAL_STORE,
+) -> int:
+    """Store a value under a key.
+
+    Args:
+        key: the key, such as app:user:42.
+        value: the value; left out or '-': read from stdin.
+        form: what the value is; text from stdin loses its last newline.
+        ttl: how long it lives, such as 30s, 12h, 7d; default: for ever.
+        if_absent: fail with exit code 5 where the key exists.
+        store: which store.
+    """
+    data = value.encode() if value != "-" else sys.stdin.buffer.read()
+    try:
+        seconds = None if ttl is None else parse_duration(ttl)
+        stored: Any = data
+        if form == "json":
+            stored = msgspec.json.decode(data)
+        elif form == "text":
+            text = data.decode()
+            stored = text.removesuffix("\n") if value == "-" else text
+    except UnicodeDecodeError as error:
+        raise BadOption("value", "it is not UTF-8 text: use --as bytes") from error
+    except msgspec.DecodeError as error:
+        raise BadOption("value", f"it is not JSON ({error})") from error
+    except ValueError as error:
+        raise BadOption("--ttl", str(error)) from error
+    async with open_store(store.url) as opened:
+        await opened.put(key, stored, ttl=seconds, expect=ABSENT if if_absent else None)
+    return 0
+
+
+async def rm(
+    *keys: str,
+    prefix: str | None = None,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
+    yes: Annotated[bool, Parameter(name=["--yes", "-y"], negative="")] = False,
+    store: StoreOption = USUAL_STORE,
+) -> int:
+    """Remove keys, or every key with a prefix.
+
+    Args:
+        keys: the keys.
+        prefix: remove every key that starts with this text; needs --yes.
+        dry_run: only print the keys that would be removed.
+        yes: do not ask.
+        store: which store.
+    """
+    if bool(keys) == (prefix is not None):
+        raise BadOption("rm", "name the keys, or give --prefix")
+    async with open_store(store.url) as opened:
+        if prefix is None:
+            there = await opened.has_many(keys)
+            present = [key for key, is_there in zip(keys, there, strict=True) if is_there]
+            if dry_run:
+                write("".join(f"{key}\n" for key in present))
+            else:
+                say(f"removed {await opened.delete_many(present)}")
+            for key in keys:
+                if key not in present:
+                    say(f"no such key: {key}", style="red")
+            return 0 if len(present) == len(keys) else 3
+        if dry_run:
+            count = 0
+            async for key in opened.keys(prefix):
+                write(f"{key}\n")
+                count += 1
+            say(f"would remove {count}")
+            return 0
+        if not yes:
+            count = 0
+            async for _ in opened.keys(prefix):
+                count += 1
+            if not _agreed(f"remove {count} keys that start with {prefix!r}?"):
+                say("nothing was removed: --dry-run lists the keys, --yes removes them")
+                return 2
+        say(f"removed {await opened.clear(prefix)}")
+    return 0
+
+
+async def _value(store: Store, key: str) -> tuple[bool, Any]:
+    try:
+        versioned = await store.get_versioned(key)
+    except CorruptRecord:
+        if "#" not in key:
+            raise
+        return await _stored(store, key)  # a repository's index entry or counter: bytes without a frame
+    return versioned is not None, None if versioned is None else versioned.value
+
+
+async def _stored(store: Store, key: str) -> tuple[bool, bytes | None]:
+    [entry] = await store.driver.get([key])
+    return entry is not None, None if entry is None else entry.value
+
+
+def _agreed(question: str) -> bool:
+    """Ask on a terminal; elsewhere nobody answers, which is no."""
+    if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
+        return False
+    sys.stderr.write(f"{clean(question)} [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")

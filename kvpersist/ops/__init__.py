@@ -1,0 +1,1 @@
+"""Operations over a whole store: library functions, which the command line calls."""

@@ -1,0 +1,94 @@
+"""A session as a file.
+
+==========  ================================================================================
+format      what is written
+==========  ================================================================================
+kvpersist   everything: imported again it is equal but for ids and, if one is named, the owner
+openai      ``{"messages": [...]}``, the session's metadata beside them
+jsonl       an OpenAI message per line; the session itself is left out
+==========  ================================================================================
+
+The last two are for other tools: they hold what an OpenAI message has a place for, and the keys
+that an import kept in ``extra``; times are left out.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias, get_args
+
+import msgspec
+
+from kvpersist.agents.persistence import Persistence
+from kvpersist.agents.records import Message, Session
+from kvpersist.errors import BadOption
+from kvpersist.ops.chat_formats import EXPORT_FORMAT, EXPORT_VERSION, to_json
+
+__all__ = ["ExportFormat", "export_session"]
+
+ExportFormat: TypeAlias = Literal["kvpersist", "openai", "jsonl"]
+
+
+async def export_session(db: Persistence, session_id: str, format: ExportFormat = "kvpersist") -> bytes | None:
+    """Return a session and its messages as a file's content; None where there is no such session.
+
+    Two tasks may append meanwhile: what is returned is a prefix of the session, without a hole.
+
+    Raises:
+        BadOption: ``format`` is none of those.
+    """
+    if format not in get_args(ExportFormat):
+        raise BadOption("format", f"{format!r} is none of {', '.join(get_args(ExportFormat))}")
+    session = await db.sessions.get(session_id)
+    if session is None:
+        return None
+    messages = [message async for message in db.messages.iterate(session_id)]
+    if format == "kvpersist":
+        return _own(session, messages)
+    items = [to_openai(message) for message in messages]
+    if format == "jsonl":
+        return b"".join(_encoded(item) + b"\n" for item in items)
+    metadata = session.metadata
+    # Metadata with a key that says what the file is would make it another file.
+    beside = {"metadata": metadata} if {"messages", "traj", "format"} & metadata.keys() else metadata
+    return _encoded({"messages": items, **beside}) + b"\n"
+
+
+def to_openai(message: Message) -> dict[str, Any]:
+    """A message in OpenAI's form, with the unknown keys it was imported with."""
+    extra = dict(message.extra or {})
+    unknown: list[dict[str, Any]] = []
+    if message.tool_calls is not None:
+        unknown = extra.pop("tool_calls", unknown)
+    item: dict[str, Any] = {"role": message.role}
+    if message.tool_call_id is not None:
+        item["tool_call_id"] = message.tool_call_id
+    if message.name is not None:
+        item["name"] = message.name
+    item["content"] = message.content
+    if message.tool_calls is not None:
+        item["tool_calls"] = [
+            _call(part.id, part.name, part.arguments, unknown[n] if n < len(unknown) else {})
+            for n, part in enumerate(message.tool_calls)
+        ]
+    return item | extra
+
+
+def _call(id_: str, name: str, arguments: Any, unknown: dict[str, Any]) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments, **unknown.get("function", {})}
+    return {"id": id_, "type": "function", **unknown, "function": function}
+
+
+def _own(session: Session, messages: list[Message]) -> bytes:
+    """One line for the head, one per message: a change of one message is a change of one line."""
+    head = {"format": EXPORT_FORMAT, "version": EXPORT_VERSION, "session": to_json(session)}
+    lines: list[bytes] = []
+    for message in messages:
+        item = to_json(message)
+        for implied in ("session_id", "number"):  # by the place in the file
+            item.pop(implied, None)
+        lines.append(_encoded(item))
+    return _encoded(head)[:-1] + b',"messages":[\n' + b",\n".join(lines) + b"\n]}\n"
+
+
+def _encoded(value: Any) -> bytes:
+    return msgspec.json.encode(value)

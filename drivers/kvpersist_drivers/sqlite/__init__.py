@@ -23,11 +23,10 @@ import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Annotated, ClassVar, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal, Self
 
 import msgspec
 from msgspec import Meta, Struct
-from typing_extensions import Self
 
 from kvpersist.driver import Batch, Capabilities, Clock, Committed, Entry
 from kvpersist.errors import BadOption, ForkedStore, KvError, ReadOnly

@@ -20,7 +20,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 from urllib.parse import quote
 
 from kvpersist.errors import BadRequest, Busy, FormatMismatch, ReadOnly, StoreClosed, Unsupported
@@ -86,7 +86,9 @@ class Database:
 
     def connect(self) -> sqlite3.Connection:
         """Open another connection, to be used by one thread at a time; `close` closes it."""
-        target = "file::memory:" if self.in_memory else f"file:{quote(self.path)}?mode={'ro' if self.read_only else 'rw'}"
+        target = (
+            "file::memory:" if self.in_memory else f"file:{quote(self.path)}?mode={'ro' if self.read_only else 'rw'}"
+        )
         connection = sqlite3.connect(
             target, uri=True, timeout=self._busy_timeout, isolation_level=None, check_same_thread=False
         )
@@ -268,7 +270,9 @@ class Database:
     def _refused(self, error: sqlite3.Error) -> Exception:
         folder = os.path.dirname(self.path)
         if self.read_only and code_of(error) in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
-            return ReadOnly(f"{folder} cannot be written, and SQLite needs a -shm file there even to read: copy the store")
+            return ReadOnly(
+                f"{folder} cannot be written, and SQLite needs a -shm file there even to read: copy the store"
+            )
         return translated(error, "open", self.path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from itertools import dropwhile, takewhile
 
 import msgspec
 from checkout import PYPROJECT, ROOT
@@ -12,9 +13,14 @@ _PAGE = ROOT / "docs" / "reference" / "drivers.md"
 
 
 def _rows() -> list[dict[str, str]]:
-    lines = [line for line in _PAGE.read_text("utf-8").splitlines() if line.startswith("|")]
-    head = [cell.strip() for cell in lines[0].strip("|").split("|")]
-    return [dict(zip(head, (cell.strip() for cell in line.strip("|").split("|")), strict=True)) for line in lines[2:]]
+    """The rows of the page's first table by their heads."""
+    lines = takewhile(_is_row, dropwhile(lambda line: not _is_row(line), _PAGE.read_text("utf-8").splitlines()))
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def _is_row(line: str) -> bool:
+    return line.startswith("|")
 
 
 def _codes(cell: str) -> list[str]:

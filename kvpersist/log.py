@@ -1,0 +1,328 @@
+"""Numbered sequences per parent.
+
+Numbers start at 1, have no gaps when they are assigned, and are never used again. One key per
+item, ``ns:name:<parent>!<number>``, and one small record per parent, ``ns:name#stat:<parent>``
+(last number, live count), so that appending the 20,000th item costs what the first did.
+
+With atomic batches the items and the stat are one batch, and the stat's version decides between
+writers. Without, the items are written first, in order, and put-if-absent decides; the stat
+follows, and what it missed is counted again by whoever loads it next. A deleted item leaves a
+tombstone (an empty value) in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, Final, Generic, NamedTuple, TypeVar
+
+import msgspec
+
+from kvpersist import keys
+from kvpersist.codec import RecordCodec
+from kvpersist.driver import ABSENT, Delete, Entry, Expect, Op, Put
+from kvpersist.errors import BadRequest, KvError, Unsupported
+from kvpersist.funnel import Built, Funnel
+from kvpersist.store import Store
+
+__all__ = ["Built", "Funnel", "Log", "Numbered"]
+
+R = TypeVar("R")  # a record of a log
+
+_PAGE: Final = 250  # items read, or removed, at once
+
+TOMBSTONE: Final = b""
+"""The value of a deleted item: its number stays taken."""
+
+
+class Numbered(NamedTuple, Generic[R]):
+    """An item of a log and its number."""
+
+    number: int
+    item: R
+
+
+class _Stat(msgspec.Struct, frozen=True, gc=False):
+    """The stored form: the last number given out, and how many items are alive."""
+
+    last: int = 0
+    count: int = 0
+
+
+class _State(NamedTuple):
+    last: int
+    count: int
+    expect: Expect  # of the stat record
+
+
+class _Remove(NamedTuple):
+    """Items to be removed; ``keep``: leaving tombstones. Answered with how many were alive."""
+
+    numbers: tuple[int, ...]
+    keep: bool = True
+
+
+class _Lower(NamedTuple):
+    """Lower the count of items already removed."""
+
+    by: int
+
+
+class Log(Generic[R]):
+    """One numbered sequence of records per parent.
+
+    Two appends at once, in one process or many, get different numbers without a gap. A parent needs
+    no creation, and need not exist.
+
+    Example:
+        log = Log(store, Step, name="step")
+        number = await log.append("run-1", Step("plan"))
+        recent = await log.last("run-1", 50)  # chronological, one range read
+    """
+
+    def __init__(self, store: Store, type_: type[R], *, name: str, namespace: str = "kv", version: int = 1) -> None:
+        """
+        Args:
+            name: of the collection, ``[a-z0-9_.-]{1,64}``.
+            version: of the records' schema, as for `Repository`.
+
+        Raises:
+            BadKey: ``name`` or ``namespace`` cannot be part of a key.
+            Unsupported: the backend has no ordered scan or no conditional writes.
+        """
+        require_sequences(store, f"log {name!r}")
+        self._store = store
+        self._codec = RecordCodec(type_, codec=store.codec, version=version)
+        self._stats = RecordCodec(_Stat, codec=store.codec)
+        space = keys.namespace(namespace)
+        self._space = space
+        self._prefix = keys.record_prefix(space, keys.check_name(name, "log"))
+        self._stat_prefix = keys.meta_prefix(space, name, "stat")
+        self._atomic = store.capabilities.atomic_batch != "none"
+        self._owned = False
+        self._funnel: Funnel[_State, Any, Any] = Funnel(
+            store, self._load, self._build, weigh=_weight, what=f"append to log {name!r}"
+        )
+
+    async def append(self, parent: str, item: R) -> int:
+        """Store ``item`` under the next number and return it: one commit once the parent is known here.
+
+        Raises:
+            Unencodable: the item cannot be kept and given back alike.
+            DeadlineExceeded: other writers won every time until the store's timeout; nothing was changed.
+            CommitUnknown: the item may have been stored; read `last` before appending it again.
+        """
+        if not self._owned:
+            await self._own()
+        return (await self._funnel.submit(parent, (item,)))[0]
+
+    async def append_many(self, parent: str, items: Sequence[R]) -> list[int]:
+        """Append ``n`` items in order: ``n`` numbers; up to 500 are one batch, more are cut into several."""
+        if not self._owned:
+            await self._own()
+        numbers: list[int] = []
+        for at in range(0, len(items), 500):
+            numbers += await self._funnel.submit(parent, tuple(items[at : at + 500]))
+        return numbers
+
+    async def get(self, parent: str, number: int) -> R | None:
+        """The item ``number`` of ``parent``; None if there is none, or it was deleted."""
+        key = self._prefix_of(parent) + keys.encode(number)
+        [entry] = await self._store._entries([key])
+        return None if entry is None or entry.value == TOMBSTONE else self._codec.decode(key, entry.value)
+
+    async def last(self, parent: str, n: int) -> list[Numbered[R]]:
+        """The ``n`` newest items in chronological order: one range read, more only where items were deleted."""
+        return (await self.range(parent, limit=n, reverse=True))[::-1]
+
+    async def range(
+        self, parent: str, *, after: int = 0, before: int | None = None, limit: int = 100, reverse: bool = False
+    ) -> list[Numbered[R]]:
+        """The first ``limit`` items with ``after < number < before``; ``reverse`` starts at the newest."""
+        prefix = self._prefix_of(parent)
+        decode = self._codec.decode
+        at = len(prefix)
+        found = await read_range(self._store, prefix, after, before, limit, reverse, self._last_number, parent)
+        return [Numbered(keys.decode(entry.key[at:], int), decode(entry.key, entry.value)) for entry in found]
+
+    async def iterate(self, parent: str, *, after: int = 0) -> AsyncIterator[Numbered[R]]:
+        """Yield the items in order, reading 250 at a time; those appended meanwhile are seen too."""
+        while True:
+            page = await self.range(parent, after=after, limit=_PAGE)
+            for numbered in page:
+                yield numbered
+            if len(page) < _PAGE:
+                return
+            after = page[-1].number
+
+    async def count(self, parent: str) -> int:
+        """How many items are alive: one read, whatever their number."""
+        return (await self._load(parent)).count
+
+    async def delete(self, parent: str, number: int) -> bool:
+        """Delete one item; False if there is none. Its number is not used again."""
+        return await self._funnel.submit(parent, _Remove((number,))) == 1
+
+    async def truncate(self, parent: str, *, after: int) -> int:
+        """Delete the items with a number above ``after`` that are there now; return how many went."""
+        return await self._remove(parent, after, keep=True)
+
+    async def clear(self, parent: str) -> int:
+        """Delete every item there is now; return how many went. Numbers go on where they were."""
+        return await self._remove(parent, 0, keep=not self._atomic)
+
+    async def _remove(self, parent: str, after: int, keep: bool) -> int:
+        """Remove page by page; what was removed stays so if this is interrupted."""
+        prefix = self._prefix_of(parent)
+        start, end = prefix + keys.encode(after + 1), prefix + keys.encode((await self._load(parent)).last + 1)
+        removed = 0
+        while start < end:
+            page = await self._store._scan(start, end, limit=_PAGE, keys_only=True)
+            if not page:
+                break
+            numbers = tuple(keys.decode(entry.key[len(prefix) :], int) for entry in page)
+            removed += await self._funnel.submit(parent, _Remove(numbers, keep))
+            start = prefix + keys.encode(numbers[-1] + 1)
+        return removed
+
+    async def _own(self) -> None:
+        await self._store._own(self._space)
+        self._owned = True
+
+    def _prefix_of(self, parent: str) -> str:
+        return f"{self._prefix}{keys.encode(parent)}!"
+
+    async def _last_number(self, parent: str) -> int:
+        return (await self._load(parent)).last
+
+    async def _load(self, parent: str) -> _State:
+        key = self._stat_prefix + keys.encode(parent)
+        [entry] = await self._store._entries([key])
+        stat = _Stat() if entry is None else self._stats.decode(key, entry.value)
+        last, count = stat.last, stat.count
+        if not self._atomic:  # items may have been written that the stat does not know
+            prefix = self._prefix_of(parent)
+            async for missed in after_stat(self._store, prefix, last):
+                last = keys.decode(missed.key[len(prefix) :], int)
+                count += missed.value != TOMBSTONE
+        return _State(last, count, ABSENT if entry is None else entry.version)
+
+    async def _build(self, parent: str, state: _State, items: list[Any]) -> Built[_State, Any]:
+        prefix = self._prefix_of(parent)
+        encode, number_of = self._codec.encode, keys.encode
+        last, count, expect = state
+        ops: list[Op] = []
+        results: list[Any] = []
+        amends: list[_Lower] = []
+        removed: dict[str, Entry | None] = {}
+        for item in items:
+            kind = type(item)
+            if kind is _Remove:
+                names = [prefix + number_of(number) for number in item.numbers]
+                names = [name for name in names if name not in removed]
+                found = await self._store._entries(names)
+                removed.update(zip(names, found, strict=True))
+                there = [entry for entry in found if entry is not None]
+                alive = [entry for entry in there if entry.value != TOMBSTONE]
+                if item.keep:
+                    ops += [Put(entry.key, TOMBSTONE, entry.version) for entry in alive]
+                else:
+                    ops += [Delete(entry.key, entry.version) for entry in there]
+                count -= len(alive)
+                amends.append(_Lower(len(alive)))
+                results.append(len(alive))
+            elif kind is _Lower:
+                count -= item.by
+                results.append(None)
+            else:
+                try:
+                    puts: list[Op] = []
+                    for number, record in enumerate(item, last + 1):
+                        key = prefix + number_of(number)
+                        puts.append(Put(key, encode(key, record), ABSENT))
+                except KvError as error:
+                    results.append(error)
+                    continue
+                results.append(range(last + 1, last + 1 + len(puts)))
+                ops += puts
+                last += len(puts)
+                count += len(puts)
+        stands = len(ops)
+        if ops or count != state.count:
+            key = self._stat_prefix + keys.encode(parent)
+            ops.append(Put(key, self._stats.encode(key, _Stat(last, count)), expect))
+        return Built(ops, lambda version: _State(last, count, version), results, stands, amends)
+
+
+def _weight(item: Any) -> int:
+    if type(item) is _Remove:
+        return len(item.numbers)
+    return 1 if type(item) is _Lower else len(item)
+
+
+async def after_stat(store: Store, prefix: str, last: int) -> AsyncIterator[Entry]:
+    """The items above ``last``, which a stat that was written before them does not know; one scan if there are few."""
+    end = keys.prefix_end(prefix)
+    while True:
+        page = await store._scan(prefix + keys.encode(last + 1), end, limit=_PAGE)
+        for entry in page:
+            yield entry
+        if len(page) < _PAGE:
+            return
+        last = keys.decode(page[-1].key[len(prefix) :], int)
+
+
+async def read_range(
+    store: Store,
+    prefix: str,
+    after: int,
+    before: int | None,
+    limit: int,
+    reverse: bool,
+    last_of: Callable[[str], Awaitable[int]],
+    parent: str,
+) -> list[Entry]:
+    """The first ``limit`` entries below ``prefix`` with ``after < number < before``, tombstones left out.
+
+    One scan, and another for every time that tombstones left it short. Where the backend cannot scan
+    backwards, ``last_of(parent)`` tells where to begin, and windows of numbers are read forwards.
+
+    Raises:
+        BadRequest: ``limit`` or ``after`` is negative.
+    """
+    if limit < 0 or after < 0:
+        raise BadRequest(f"limit and after are 0 or more, not {limit} and {after}")
+    scan = store._scan
+    start = prefix + keys.encode(after + 1)
+    found: list[Entry] = []
+    if reverse and not store.capabilities.reverse:
+        high = await last_of(parent) + 1
+        if before is not None:
+            high = min(high, before)
+        while len(found) < limit and high > after + 1:
+            low = max(after + 1, high - max(limit - len(found), 16))
+            page = await scan(prefix + keys.encode(low), prefix + keys.encode(high), limit=high - low)
+            found += [entry for entry in reversed(page) if entry.value != TOMBSTONE]
+            high = low
+        return found[:limit]
+    end = keys.prefix_end(prefix) if before is None else prefix + keys.encode(max(before, 0))
+    while len(found) < limit and (end is None or start < end):
+        wanted = limit - len(found)
+        page = await scan(start, end, limit=wanted, reverse=reverse)
+        found += [entry for entry in page if entry.value != TOMBSTONE]
+        if len(page) < wanted:
+            break
+        if reverse:
+            end = page[-1].key
+        else:
+            start = prefix + keys.encode(keys.decode(page[-1].key[len(prefix) :], int) + 1)
+    return found
+
+
+def require_sequences(store: Store, what: str) -> None:
+    """Refuse a backend that cannot keep numbered sequences.
+
+    Raises:
+        Unsupported: it has no ordered scan or no conditional writes.
+    """
+    if not (store.capabilities.ordered and store.capabilities.conditional):
+        raise Unsupported(f"{what} (it needs an ordered scan and conditional writes)", "use another backend")

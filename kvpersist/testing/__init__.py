@@ -1,7 +1,7 @@
 """What a driver's author, or an application's tests, need: the contract, a model, faults, fixtures.
 
-The names of `contract` and `model` load pytest and hypothesis, and only when they are asked for. The
-fixtures are in `plugin`, which pytest loads by itself.
+Every name is loaded when it is asked for: those of `contract` and `model` need pytest and hypothesis,
+and pytest loads the fixtures of `plugin` in every run where kvpersist is installed.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
-from kvpersist.testing.clock import ManualClock
-from kvpersist.testing.faults import Crashed, Fault, FaultyDriver, Gate
-
 if TYPE_CHECKING:
+    from kvpersist.testing.clock import ManualClock
     from kvpersist.testing.contract import AWKWARD_KEYS, DriverContract, batch
+    from kvpersist.testing.faults import Crashed, Fault, FaultyDriver, Gate
     from kvpersist.testing.model import DriverMachine, driver_machine
 
 __all__ = [
@@ -31,9 +30,14 @@ __all__ = [
 
 _LAZY: Final = {
     "AWKWARD_KEYS": "contract",
+    "Crashed": "faults",
     "DriverContract": "contract",
-    "batch": "contract",
     "DriverMachine": "model",
+    "Fault": "faults",
+    "FaultyDriver": "faults",
+    "Gate": "faults",
+    "ManualClock": "clock",
+    "batch": "contract",
     "driver_machine": "model",
 }
 
@@ -41,4 +45,10 @@ _LAZY: Final = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"kvpersist.testing.{_LAZY[name]}"), name)
+    value = getattr(import_module(f"kvpersist.testing.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -165,6 +165,8 @@ class DriverContract(ABC, Generic[D]):
 
     async def test_a_deleted_key_is_gone_from_get_scan_and_backend(self, driver: D) -> None:
         await _fill(driver, {"c:a": b"1", "c:b": b"2"})
+        assert _values(await driver.get(["c:a"])) == [b"1"]
+        assert len(await driver.scan(None, None, limit=10)) == 2
 
         [outcome] = await driver.commit([batch(Delete("c:a"))])
 
@@ -872,6 +874,7 @@ class DriverContract(ABC, Generic[D]):
         forwards: list[str] = []
         start: str | None = "c:"
         while page := await driver.scan(start, "c;", limit=130):
+            assert not forwards or page[0].key > forwards[-1]
             forwards += [entry.key for entry in page]
             assert all(entry.value == stored[entry.key] for entry in page)
             start = page[-1].key + "\x00"
@@ -880,6 +883,7 @@ class DriverContract(ABC, Generic[D]):
             backwards: list[str] = []
             end = "c;"
             while page := await driver.scan("c:", end, limit=130, reverse=True, keys_only=True):
+                assert not backwards or page[0].key < backwards[-1]
                 backwards += [entry.key for entry in page]
                 end = page[-1].key
             assert backwards == sorted(stored, reverse=True)
@@ -974,6 +978,7 @@ class DriverContract(ABC, Generic[D]):
                     [entry] = await driver.get(["c:a"])
                     count = 0 if entry is None else int(entry.value)
                     expect = ABSENT if entry is None else entry.version
+                    await asyncio.sleep(0)
                     [outcome] = await driver.commit([batch(Put("c:a", b"%d" % (count + 1), expect))])
                     if isinstance(outcome, Committed):
                         break

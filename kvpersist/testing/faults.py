@@ -124,6 +124,8 @@ class FaultyDriver:
         dropped: dict[str, Any] = {name: _DROPPABLE[name] for name in without}
         if "conditional" in dropped:
             dropped["conditional_delete"] = False
+        if "atomic_batch" in dropped:
+            dropped["max_batch"] = None
         self.inner = inner
         self.capabilities: Capabilities = msgspec.structs.replace(inner.capabilities, **dropped)
         self.calls: Counter[Operation] = Counter()

@@ -81,11 +81,11 @@ def _steps(keys: tuple[str, ...]) -> st.SearchStrategy[list[_Step]]:
     values = st.sampled_from([name.encode() for name in _NAMES]) if index else st.binary(max_size=12)
     step = st.builds(
         _Step,
-        st.sampled_from(("put", "put", "put", "delete", "check")),
+        st.sampled_from(("put", "put", "put", "put", "delete", "check")),
         st.sampled_from(keys),
         values,
-        st.sampled_from(("any", "any", "any", "absent", "current", "current", "older", "unknown")),
-        st.sampled_from((None, None, None, 5.0, 10.0, 15.0, _CENTURY, 0.0, -1.0)),
+        st.sampled_from((*["any"] * 8, *["current"] * 5, "absent", "older", "unknown")),
+        st.sampled_from((*[None] * 6, 5.0, 10.0, 15.0, _CENTURY, 0.0, -1.0)),
     )
     return st.lists(step, min_size=1, max_size=5, unique_by=lambda step: step.key)
 
@@ -142,6 +142,17 @@ class DriverMachine(RuleBasedStateMachine):
             told = (outcome.key, outcome.expected, outcome.position)
             assert told == (wanted.key, wanted.expected, wanted.position), (batch, outcome, wanted)
             assert outcome.found is None or outcome.found == wanted.found, (batch, outcome, wanted)
+
+    @rule(keys=st.lists(st.sampled_from(_KEYS), max_size=20, unique=True))
+    def put(self, keys: list[str]) -> None:
+        """Put many keys, each in a batch of its own."""
+        batches: list[Batch] = []
+        for key in keys:
+            self._versions += 1
+            batches.append(Batch((Put(key, b"%d" % self._versions),), self._versions.to_bytes(8, "big")))
+            self._apply(batches[-1])
+
+        assert self._run(self._open.commit(batches)) == [Committed(batch.version) for batch in batches]
 
     @rule(keys=st.lists(st.sampled_from(_KEYS), max_size=8))
     def get(self, keys: list[str]) -> None:
@@ -207,6 +218,7 @@ class DriverMachine(RuleBasedStateMachine):
         if self._driver is not None:
             found = self._run(self._driver.scan(None, None, limit=2 * len(_KEYS)))
             assert self._sorted(found) == self._range(None, None, reverse=False)
+            assert self._run(self._driver.get(_KEYS)) == [self._live(key) for key in _KEYS]
 
     def teardown(self) -> None:
         """Close the driver and the loop."""
@@ -258,7 +270,9 @@ class DriverMachine(RuleBasedStateMachine):
         able = self._able
         expect = self._expect(step)
         if step.kind == "check" and able.conditional:
-            return Check(step.key, ABSENT if expect is None else expect)
+            entry = self._live(step.key)
+            current = ABSENT if entry is None else entry.version
+            return Check(step.key, current if expect is None else expect)
         if step.kind == "delete":
             return Delete(step.key, expect if able.conditional_delete and isinstance(expect, bytes) else None)
         ttl = step.ttl

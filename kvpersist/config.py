@@ -13,7 +13,6 @@ as a mapping, paths being relative to the current folder::
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -112,26 +111,24 @@ def _candidates(
     where: urls.Where | None, environ: Mapping[str, str], folder: Path
 ) -> Iterator[tuple[str, urls.Where | None]]:
     """Lazily: a file below the one that decides is not read, so it cannot fail."""
-    from platformdirs import user_config_path
-
     yield "argument", where
     yield VARIABLE, environ.get(VARIABLE) or None
-    yield from (
-        (str(path), _read(path, table))
-        for path, table in (
-            (folder / "kvpersist.toml", ()),
-            (folder / "pyproject.toml", ("tool", "kvpersist")),
-            (user_config_path("kvpersist", appauthor=False) / "config.toml", ()),
-        )
-    )
+    for path, table in ((folder / "kvpersist.toml", ()), (folder / "pyproject.toml", ("tool", "kvpersist"))):
+        yield str(path), _read(path, table)
+    from platformdirs import user_config_path
+
+    path = user_config_path("kvpersist", appauthor=False) / "config.toml"
+    yield str(path), _read(path, ())
 
 
 def _read(path: Path, table: tuple[str, ...]) -> dict[str, Any] | None:
     """Return the table of a TOML file that names a store, None where there is no file, or no such table."""
     try:
+        if not path.is_file():
+            return None
+        import tomllib
+
         found: Any = tomllib.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except (OSError, ValueError) as error:
         raise BadOption(str(path), f"it cannot be read: {error}") from error
     for name in table:

@@ -9,15 +9,16 @@ is asked for, and one that cannot be imported does not stand in the way of the o
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 
 from kvpersist.driver import DRIVER_API, DriverClass
 from kvpersist.errors import BrokenPlugin, KvError, MissingExtra, UnknownScheme
+
+if TYPE_CHECKING:  # dear to import, and a ready driver needs none of it
+    from importlib.metadata import EntryPoint
 
 __all__ = ["DriverInfo", "driver_class", "list_drivers", "refresh", "schemes"]
 
@@ -108,6 +109,8 @@ def list_drivers(*, load: bool = False) -> list[DriverInfo]:
 
 def _unknown(scheme: str) -> UnknownScheme:
     """The error for a scheme that nobody registered, with the nearest one that somebody did."""
+    from difflib import get_close_matches
+
     known = schemes()
     near = get_close_matches(scheme, known, n=1, cutoff=0.5)
     return UnknownScheme(scheme, near[0] if near else "", known)
@@ -125,6 +128,8 @@ _failed: dict[str, str] = {}
 
 
 def _entry_points() -> Iterable[EntryPoint]:
+    from importlib.metadata import entry_points
+
     return entry_points(group=_GROUP)
 
 

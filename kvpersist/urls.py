@@ -26,7 +26,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import PurePath
 from typing import Annotated, Any, Final, Literal, TypeAlias, TypedDict, get_type_hints
 from urllib.parse import unquote, unquote_plus
@@ -296,6 +295,8 @@ def _takes_number(kind: Any) -> bool:
 
 
 def _unknown_option(option: str, known: Sequence[str]) -> BadOption:
+    from difflib import get_close_matches
+
     near = get_close_matches(option, known, n=1) or [name for name in known if name == "kv." + option]
     meant = f"did you mean {near[0]}?" if near else "known: " + ", ".join(sorted(known))
     return BadOption(option, f"there is no such option; {meant}")

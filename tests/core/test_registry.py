@@ -179,7 +179,7 @@ def test_distributions_are_searched_once(install: Install, monkeypatch: pytest.M
         return [EntryPoint("acme", "acme_cached:Good", group)]
 
     install("acme", {}, acme_cached=_GOOD)
-    monkeypatch.setattr(registry, "entry_points", entry_points)
+    monkeypatch.setattr("importlib.metadata.entry_points", entry_points)
 
     for _ in range(3):
         registry.driver_class("acme")

@@ -15,7 +15,8 @@ from kvpersist.codec import RecordCodec
 from kvpersist.definitions import BytesStore, Definitions, Known, Slot
 from kvpersist.driver import Entry
 from kvpersist.errors import BadCursor, BadRequest, IndexNotReady, NoIndex, Unencodable
-from kvpersist.index import BoundIndex, Part, Range
+from kvpersist.index import BoundIndex, Range
+from kvpersist.index_fields import Part
 from kvpersist.index_writes import Writer, live
 
 __all__ = ["Query", "Reader"]
@@ -237,7 +238,7 @@ def _between(
     slot: Slot, start: str, end: str | None, tests: Sequence[Callable[[Any], bool]] | None, base: str
 ) -> Query:
     """Make the query of what starts with ``base`` from ``start`` to ``end`` (None: as far as ``base`` goes)."""
-    matches = None if tests is None else lambda record: all(test(record) for test in tests)
+    matches = None if tests is None else _all(tests)
     last = keys.prefix_end(slot.prefix + base) if end is None else slot.prefix + end
     return Query(slot, slot.prefix + start, last, matches, _tag(slot.bound.fingerprint, start, end or ""))
 
@@ -265,6 +266,10 @@ def _bound(part: Part, value: Any) -> tuple[str, bool]:
     if len(data) <= _EXACT:
         return encoded, False
     return data[:_EXACT].decode(errors="ignore"), True
+
+
+def _all(tests: Sequence[Callable[[Any], bool]]) -> Callable[[Any], bool]:
+    return lambda record: all(test(record) for test in tests)
 
 
 def _equal(part: Part, value: Any) -> Callable[[Any], bool]:

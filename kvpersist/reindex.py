@@ -13,7 +13,8 @@ from kvpersist.definitions import BytesStore, Definition, Definitions, Known, Sl
 from kvpersist.driver import ABSENT, Check, Delete, Entry, Op, Put
 from kvpersist.errors import BadOption, Conflict, CorruptRecord, KvError, UniqueConflict
 from kvpersist.index import BoundIndex
-from kvpersist.index_writes import OrderedWriter, Sleep, Writer, live
+from kvpersist.index_writes import Sleep, Writer, live
+from kvpersist.ordered_writer import OrderedWriter
 
 __all__ = ["Damage", "Duplicate", "Reindexed", "Reindexer"]
 

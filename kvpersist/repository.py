@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar, cast
 
 import msgspec
 
 from kvpersist import keys
+from kvpersist.atomic_writer import AtomicWriter
 from kvpersist.codec import RecordCodec
 from kvpersist.definitions import Definitions
 from kvpersist.driver import ABSENT, Entry, Expect
@@ -23,9 +24,11 @@ from kvpersist.errors import (
     Unencodable,
     Unsupported,
 )
-from kvpersist.index import BoundIndex, Index, Part, bind, key_parts
+from kvpersist.index import BoundIndex, Index, bind
+from kvpersist.index_fields import Part, key_parts
 from kvpersist.index_reads import Query, Reader
-from kvpersist.index_writes import AtomicWriter, Sleep, live, refuse_unkept, writer
+from kvpersist.index_writes import Sleep, live, refuse_unkept
+from kvpersist.ordered_writer import OrderedWriter
 from kvpersist.reindex import Damage, Reindexed, Reindexer
 from kvpersist.store import Versioned
 
@@ -107,7 +110,11 @@ class Repository(Generic[R]):
         self._ttl = ttl
         self._sleep = sleep
         self._definitions = Definitions(store, self.namespace, self.name, type, self.indexes, version)
-        self._writer = writer(store, self._definitions, self._codec, self._prefix, sleep)
+        atomic = store.capabilities.atomic_batch != "none"
+        make: Any = AtomicWriter if atomic else OrderedWriter
+        self._writer: AtomicWriter[R] | OrderedWriter[R] = make(
+            store, self._definitions, self._codec, self._prefix, sleep
+        )
         self._reader = Reader(store, self._definitions, self._codec, self.indexes, self._prefix, self._writer)
         self._owned = False
 
@@ -416,7 +423,7 @@ class Repository(Generic[R]):
         if self._key_of_one is not None:
             values: Sequence[Any] = (id,)
         else:
-            values = id if isinstance(id, (tuple, list)) else (id,)
+            values = cast("Sequence[Any]", id) if isinstance(id, (tuple, list)) else (id,)
             if len(values) != len(self._key_parts):
                 fields = ", ".join(part.label for part in self._key_parts)
                 raise BadKey(id, f"the key of {self.name!r} is a tuple of {fields}")

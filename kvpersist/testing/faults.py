@@ -145,7 +145,7 @@ class FaultyDriver:
 
     @property
     def crashed(self) -> bool:
-        """Whether the crash that was planned has happened; every call raises `Crashed` since."""
+        """Whether the crash that was planned has happened; get, commit and scan raise `Crashed` since."""
         return self._dead
 
     def fail(self, operation: Operation, nth: int = 1, *, effect: bool = False, persistent: bool = False) -> Fault:
@@ -166,7 +166,7 @@ class FaultyDriver:
         return gate
 
     def crash(self, nth: int = 1) -> None:
-        """Die before the ``nth`` step from now: that call and all later ones raise `Crashed`.
+        """Die before the ``nth`` step from now: that call and every later get, commit and scan raise `Crashed`.
 
         ``inner`` stays open, and is what a new process would find. For drivers that are not coalesced:
         a lane waits for an answer that never comes.
@@ -182,20 +182,20 @@ class FaultyDriver:
         self._dies_at = None
 
     async def get(self, keys: Sequence[str]) -> list[Entry | None]:
-        await self._before("get", tuple(keys))
-        return await self._after("get", tuple(keys), await self.inner.get(keys))
+        number = await self._before("get", tuple(keys))
+        return await self._after("get", number, tuple(keys), await self.inner.get(keys))
 
     async def commit(self, batches: Sequence[Batch]) -> list[Committed | KvError]:
         self._refuse_conditions(batches)
         keys = tuple(op.key for batch in batches for op in batch.ops)
-        await self._before("commit", keys)
+        number = await self._before("commit", keys)
         ordered = self.capabilities.atomic_batch == "none" != self.inner.capabilities.atomic_batch
         if ordered or self._dies_at is not None or any(fault.operation == "step" for fault in self._faults):
-            outcomes = [await (self._run_ordered(batch) if ordered else self._run_whole(batch)) for batch in batches]
+            outcomes = [await (self._in_order(batch) if ordered else self._step(batch)) for batch in batches]
         else:
             outcomes = await self.inner.commit(batches)
             self.calls["step"] += len(batches)
-        return await self._after("commit", keys, outcomes)
+        return await self._after("commit", number, keys, outcomes)
 
     async def scan(
         self,
@@ -211,15 +211,15 @@ class FaultyDriver:
             raise Unsupported("a reverse scan")
         if deref is not None and not self.capabilities.deref:
             raise Unsupported("a scan with deref", "use deref_by_get")
-        await self._before("scan", ())
+        number = await self._before("scan", ())
         found = await self.inner.scan(start, end, limit=limit, reverse=reverse, keys_only=keys_only, deref=deref)
-        return await self._after("scan", (), found)
+        return await self._after("scan", number, (), found)
 
     async def close(self) -> None:
         if not self._dead:
             await self.inner.close()
 
-    async def _before(self, operation: Operation, keys: tuple[str, ...]) -> None:
+    async def _before(self, operation: Operation, keys: tuple[str, ...]) -> int:
         if self._dead:
             raise Crashed
         self.calls[operation] += 1
@@ -229,17 +229,14 @@ class FaultyDriver:
             raise Crashed
         for fault in [fault for fault in self._faults if fault.due(operation, number, effect=False)]:
             await fault.strike(keys)
+        return number
 
-    async def _after(self, operation: Operation, keys: tuple[str, ...], answer: _A) -> _A:
-        number = self.calls[operation]
+    async def _after(self, operation: Operation, number: int, keys: tuple[str, ...], answer: _A) -> _A:
         for fault in [fault for fault in self._faults if fault.due(operation, number, effect=True)]:
             await fault.strike(keys)
         return answer
 
-    async def _run_whole(self, batch: Batch) -> Committed | KvError:
-        return await self._step(batch)
-
-    async def _run_ordered(self, batch: Batch) -> Committed | KvError:
+    async def _in_order(self, batch: Batch) -> Committed | KvError:
         for position, op in enumerate(batch.ops):
             outcome = await self._step(Batch((op,), batch.version))
             if isinstance(outcome, Conflict):
@@ -255,9 +252,9 @@ class FaultyDriver:
     async def _step(self, batch: Batch) -> Committed | KvError:
         keys = tuple(op.key for op in batch.ops)
         try:
-            await self._before("step", keys)
+            number = await self._before("step", keys)
             [outcome] = await self.inner.commit([batch])
-            return await self._after("step", keys, outcome)
+            return await self._after("step", number, keys, outcome)
         except (Unavailable, CommitUnknown) as error:
             return error
 

@@ -54,13 +54,15 @@ class _Delegate:
 
 
 class _Server(_Delegate):
-    """Has a clock of its own, removes what expired, is pinged and watched."""
+    """Has a clock of its own, that moves when it is asked; removes what expired, is pinged and watched."""
 
     def __init__(self) -> None:
         super().__init__()
         self.capabilities = msgspec.structs.replace(self.capabilities, ttl="native", watch="push")
         self._changes: asyncio.Queue[tuple[str, ...]] = asyncio.Queue()
         self._open = True
+        self._time = time.time()
+        self.inner.clock = lambda: self._time
 
     async def get(self, keys: Sequence[str]) -> list[Entry | None]:
         await asyncio.sleep(0)
@@ -78,7 +80,8 @@ class _Server(_Delegate):
         await super().close()
 
     async def now(self) -> float:
-        return time.time()
+        self._time += 0.09
+        return self._time
 
     async def ping(self) -> None:
         if not self._open:
@@ -117,7 +120,7 @@ class _MemoryContract(DriverContract[Any]):
     """The contract of drivers that end in a `MemoryDriver`."""
 
     __test__ = False
-    ttl_seconds = 0.05
+    ttl_seconds = 0.1
 
     def make(self) -> Driver:
         return MemoryDriver()
@@ -638,8 +641,16 @@ def test_the_model_passes_drivers_that_claim_less() -> None:
         async def opener(without: set[str] = without) -> Driver:
             return FaultyDriver(MemoryDriver(), without=without)
 
-        machine = driver_machine(opener, max_examples=20)
+        machine = driver_machine(opener, max_examples=15)
         run_state_machine_as_test(machine, settings=machine.TestCase.settings)
+
+
+def test_the_model_passes_a_driver_with_its_own_clock() -> None:
+    async def opener() -> Driver:
+        return _Server()
+
+    machine = driver_machine(opener, max_examples=15)
+    run_state_machine_as_test(machine, settings=machine.TestCase.settings)
 
 
 def test_the_model_finds_what_a_reopen_lost() -> None:
@@ -720,6 +731,20 @@ async def test_a_held_call_waits_for_its_gate() -> None:
     gate.release()
     assert [type(outcome) for outcome in await call] == [Committed]
     assert await driver.get(["c:a"]) != [None]
+
+
+async def test_a_fault_strikes_the_call_it_was_planned_for_while_others_run() -> None:
+    driver = FaultyDriver(MemoryDriver())
+    gate, fault = driver.hold("commit", 1), driver.fail("commit", 2, effect=True)
+    first = asyncio.ensure_future(driver.commit([batch(Put("c:a", b"1"))]))
+    await gate.reached()
+
+    with pytest.raises(CommitUnknown):
+        await driver.commit([batch(Put("c:b", b"2"))])
+    gate.release()
+
+    assert [type(outcome) for outcome in await first] == [Committed]
+    assert fault.fired == 1
 
 
 @pytest.mark.parametrize("effect", [False, True])

@@ -117,7 +117,7 @@ async def test_a_name_is_one_store_until_its_last_close() -> None:
 
 def test_increments_of_a_shared_name_from_several_threads_are_all_counted() -> None:
     threads, rounds = 4, 400
-    barrier = Barrier(threads)
+    barrier = Barrier(threads, timeout=30)
     last: list[int] = []
 
     async def work() -> None:

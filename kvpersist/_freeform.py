@@ -66,7 +66,7 @@ def ext_hook(code: int, data: memoryview) -> int:
 
 def packed_free(value: Any, depth: int) -> Any:
     """Return ``value`` as MessagePack can hold it: itself unless something in it has no form there."""
-    kind = type(value)
+    kind = type(value)  # pyright: ignore[reportUnknownVariableType]
     if kind is str or kind is bool or kind is float or kind is bytes or value is None:
         return value
     if kind is int:
@@ -84,7 +84,7 @@ def packed_free(value: Any, depth: int) -> Any:
 
 def json_free(value: Any, depth: int) -> Any:
     """Return ``value`` as JSON can hold it: itself unless something in it has no form there."""
-    kind = type(value)
+    kind = type(value)  # pyright: ignore[reportUnknownVariableType]
     if kind is str or kind is bool or value is None:
         return value
     if kind is int:
@@ -114,15 +114,16 @@ def untag(value: Any) -> Any:
     todo: list[Any] = [root]
     while todo:  # no recursion: what could be written is read from the bottom of a deep stack too
         container = todo.pop()
-        for at, item in container.items() if type(container) is dict else enumerate(container):
-            if type(item) is dict:
-                if _looks_tagged(cast("dict[str, Any]", item)):
-                    item = container[at] = _untag_object(cast("dict[str, Any]", item))
-                    if type(item) is not dict:
-                        continue
+        parts: Any = container.items() if type(container) is dict else enumerate(container)
+        for at, item in cast("Iterable[tuple[Any, Any]]", parts):
+            if isinstance(item, list):
                 todo.append(item)
-            elif type(item) is list:
-                todo.append(item)
+            elif isinstance(item, dict):
+                fields: Any = cast("dict[str, Any]", item)
+                if _looks_tagged(fields):
+                    fields = container[at] = _untag_object(fields)
+                if isinstance(fields, dict):
+                    todo.append(fields)
     return root[0]
 
 
@@ -217,10 +218,10 @@ def _looks_tagged(value: dict[Any, Any]) -> bool:
 def _untag_object(tagged: dict[str, Any]) -> Any:
     """Return what a one-key object stands for; of ``$dict``, the dict with its values as they are."""
     [(tag, item)] = tagged.items()
-    if tag == "$dict" and type(item) is dict and _looks_tagged(cast("dict[str, Any]", item)):
+    if tag == "$dict" and isinstance(item, dict) and _looks_tagged(cast("dict[str, Any]", item)):
         return cast(Any, item)
     value: Any = None
-    if type(item) is str:
+    if isinstance(item, str):
         if tag == "$bytes":
             value = a2b_base64(item, strict_mode=True)
         elif tag == "$datetime":

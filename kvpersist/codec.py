@@ -291,12 +291,12 @@ class RecordCodec(Generic[R]):
             raise FormatMismatch(key, found, known) from error
 
     def _upcast(self, key: str, framed: Framed, steps: Iterable[int]) -> R:
-        value: Any = _plain_dict(key, framed)
+        value = _plain_dict(key, framed)
         for step in steps:
             try:
                 value = self._steps[step](value)
-                if not isinstance(value, dict):
-                    raise TypeError(f"an upcaster returns a dict, not {type(value).__name__}")
+                if type(value) is not dict:
+                    raise TypeError("an upcaster returns a dict")
             except Exception as error:  # a mistake in the caller's code is no damage to the record
                 error.add_note(f"kvpersist: in the upcaster from schema version {step}, for {key!r}")
                 raise

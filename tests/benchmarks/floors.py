@@ -47,6 +47,8 @@ def connect(path: str, *, durability: str, script: str = "") -> sqlite3.Connecti
     connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute(f"PRAGMA synchronous={durability.upper()}")
+    connection.execute("PRAGMA cache_size=-8000")
+    connection.execute("PRAGMA wal_autocheckpoint=2000")  # pages; the driver checkpoints after as many, by itself
     connection.executescript(script)
     return connection
 

@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Final
 
 from cyclopts import App, Group
@@ -73,6 +74,9 @@ _CODES: Final[tuple[tuple[type[BaseException], int], ...]] = (
 def run(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; errors are told on stderr, in one line each."""
     given = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that cannot show a character still gets the rest
+            stream.reconfigure(errors="backslashreplace")
     try:
         result = app(_global_last(given))
     except SystemExit as stop:  # cyclopts has told of a usage error already

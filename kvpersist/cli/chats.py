@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-import sys
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from importlib.resources import as_file, files
+from io import BytesIO
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -24,6 +24,7 @@ from kvpersist.cli.render import (
     print_json,
     print_rows,
     progress_bar,
+    read_stdin,
     say,
     write,
     write_bytes,
@@ -45,7 +46,7 @@ async def demo(*, store: StoreOption = USUAL_STORE) -> int:
     async with kvpersist.open(store.url) as db:
         with as_file(files("kvpersist.cli") / "demo.json") as path:
             report = await import_chats(db, path, user=_DEMO_USER)
-        assert report.first is not None  # noqa: S101 - the file is ours
+        assert report.first is not None
         await _show(db, report.first, full=False)
     where = f" --url {shlex.quote(redact(store.url))}" if store.url else ""
     say("Try next:")
@@ -56,7 +57,7 @@ async def demo(*, store: StoreOption = USUAL_STORE) -> int:
 
 
 async def import_(
-    *paths: Annotated[str, Parameter(name="FILE")],
+    *paths: Annotated[str, Parameter(name="FILE", allow_leading_hyphen=True)],  # for "-"
     format: ChatFormat = "auto",
     user: str | None = None,
     new: Annotated[bool, Parameter(negative="")] = False,
@@ -77,11 +78,15 @@ async def import_(
     """
     if not paths:
         raise BadOption("FILE", "name at least one file, or '-' for stdin")
+    for path in paths:
+        if path.startswith("-") and path != "-":
+            raise BadOption(path, "there is no such option; a file of that name is ./" + path)
+    given = read_stdin() if "-" in paths else b""
     reports: list[ImportReport] = []
     async with kvpersist.open(store.url) as db:
         for path in paths:
             with progress_bar(path) as progress:
-                source = sys.stdin.buffer if path == "-" else path
+                source = BytesIO(given) if path == "-" else path
                 report = await import_chats(
                     db, source, format=format, user=user, new=new, on_error=on_error, progress=progress
                 )

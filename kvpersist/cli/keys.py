@@ -10,7 +10,7 @@ import msgspec
 from cyclopts import Parameter
 
 from kvpersist.cli.options import FOR_PEOPLE, USUAL_STORE, Output, StoreOption
-from kvpersist.cli.render import clean, is_terminal, print_items, print_json, say, write, write_bytes
+from kvpersist.cli.render import clean, is_terminal, print_items, print_json, read_stdin, say, write, write_bytes
 from kvpersist.driver import ABSENT
 from kvpersist.errors import BadOption, CorruptRecord
 from kvpersist.store import Store, open_store
@@ -92,7 +92,7 @@ async def get(
 
 async def put(
     key: str,
-    value: str = "-",
+    value: Annotated[str, Parameter(allow_leading_hyphen=True)] = "-",
     /,
     *,
     form: Annotated[Literal["text", "json", "bytes"], Parameter(name="--as")] = "text",
@@ -110,7 +110,7 @@ async def put(
         if_absent: fail with exit code 5 where the key exists.
         store: which store.
     """
-    data = value.encode() if value != "-" else sys.stdin.buffer.read()
+    data = value.encode() if value != "-" else read_stdin()
     try:
         seconds = None if ttl is None else parse_duration(ttl)
         stored: Any = data

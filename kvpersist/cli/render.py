@@ -5,6 +5,7 @@ Stored text is data: characters that would steer the terminal are shown, not sen
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import AsyncIterable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ __all__ = [
     "print_json",
     "print_rows",
     "progress_bar",
+    "read_stdin",
     "say",
     "write",
     "write_bytes",
@@ -80,6 +82,15 @@ def write_bytes(data: bytes) -> None:
     sys.stdout.flush()
     sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()
+
+
+def read_stdin() -> bytes:
+    """Read stdin to its end; Ctrl-C ends the command also while nothing comes."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's would wait for the read to end
+    try:
+        return sys.stdin.buffer.read()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def say(text: str, *, style: str = "") -> None:

@@ -146,16 +146,17 @@ def _title(session: Session) -> str:
 
 
 def _summary(session: Session, items: Sequence[TimelineItem]) -> str:
+    """The id alone in its line, so that it can be copied; below it what there is."""
     calls = [call for item in items for call in item.tool_calls]
     failed = sum(1 for call in calls if call.is_error)
-    parts = [session.id, *([f"user {one_line(session.user_id)}"] if session.user_id else [])]
+    parts = [f"user {one_line(session.user_id)}"] if session.user_id else []
     parts.append(_count(len(items), "message"))
     if calls:
         parts.append(_count(len(calls), "tool call") + (f", {failed} failed" if failed else ""))
     if items:
         span = (items[-1].at - items[0].at).total_seconds()
         parts.append(f"{_local(items[0].at):%Y-%m-%d}" + (f", {duration(span)}" if span >= 1 else ""))
-    return " · ".join(parts)
+    return f"{session.id}\n{' · '.join(parts)}"
 
 
 def _count(number: int, noun: str) -> str:

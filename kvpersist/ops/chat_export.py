@@ -14,12 +14,12 @@ that an import kept in ``extra``; times are left out.
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import msgspec
 
 from kvpersist.agents.persistence import Persistence
-from kvpersist.agents.records import Message, Session
+from kvpersist.agents.records import Message, Session, ToolCallPart
 from kvpersist.errors import BadOption
 from kvpersist.ops.chat_formats import EXPORT_FORMAT, EXPORT_VERSION, to_json
 
@@ -44,7 +44,7 @@ async def export_session(db: Persistence, session_id: str, format: ExportFormat 
     messages = [message async for message in db.messages.iterate(session_id)]
     if format == "kvpersist":
         return _own(session, messages)
-    items = [to_openai(message) for message in messages]
+    items = [_to_openai(message) for message in messages]
     if format == "jsonl":
         return b"".join(_encoded(item) + b"\n" for item in items)
     metadata = session.metadata
@@ -53,12 +53,11 @@ async def export_session(db: Persistence, session_id: str, format: ExportFormat 
     return _encoded({"messages": items, **beside}) + b"\n"
 
 
-def to_openai(message: Message) -> dict[str, Any]:
+def _to_openai(message: Message) -> dict[str, Any]:
     """A message in OpenAI's form, with the unknown keys it was imported with."""
     extra = dict(message.extra or {})
-    unknown: list[dict[str, Any]] = []
-    if message.tool_calls is not None:
-        unknown = extra.pop("tool_calls", unknown)
+    kept: Any = extra.pop("tool_calls", None) if message.tool_calls is not None else None
+    unknown = cast("list[Any]", kept) if isinstance(kept, list) else []
     item: dict[str, Any] = {"role": message.role}
     if message.tool_call_id is not None:
         item["tool_call_id"] = message.tool_call_id
@@ -67,15 +66,16 @@ def to_openai(message: Message) -> dict[str, Any]:
     item["content"] = message.content
     if message.tool_calls is not None:
         item["tool_calls"] = [
-            _call(part.id, part.name, part.arguments, unknown[n] if n < len(unknown) else {})
+            _call(part, unknown[n] if n < len(unknown) and isinstance(unknown[n], dict) else {})
             for n, part in enumerate(message.tool_calls)
         ]
-    return item | extra
+    return extra | item
 
 
-def _call(id_: str, name: str, arguments: Any, unknown: dict[str, Any]) -> dict[str, Any]:
-    function = {"name": name, "arguments": arguments, **unknown.get("function", {})}
-    return {"id": id_, "type": "function", **unknown, "function": function}
+def _call(part: ToolCallPart, unknown: dict[str, Any]) -> dict[str, Any]:
+    inner = unknown.get("function")
+    function = {"name": part.name, "arguments": part.arguments}
+    return {"id": part.id, "type": "function", **unknown, "function": function | (inner or {})}
 
 
 def _own(session: Session, messages: list[Message]) -> bytes:

@@ -319,6 +319,10 @@ def _message(value: Any, path: str) -> Message:
     for key in ("name", "tool_call_id"):
         if not isinstance(item.get(key), (str, NoneType)):
             raise _Malformed(f"{path}.{key}", f"{_named(item[key])}, expected a text")
+    if item.get("tool_calls") and role != "assistant":
+        raise _Malformed(f"{path}.tool_calls", f"a message of role {role} has none")
+    if item.get("tool_call_id") is not None and role != "tool":
+        raise _Malformed(f"{path}.tool_call_id", f"a message of role {role} has none")
     extra = {key: kept for key, kept in item.items() if key not in _MESSAGE_KEYS}
     calls: list[ToolCallPart] | None = None
     if item.get("tool_calls") is not None:

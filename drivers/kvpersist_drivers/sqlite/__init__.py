@@ -204,9 +204,9 @@ class SqliteDriver:
     def _connect(self) -> None:
         try:
             first = self._writer.connection = self._database.open()
-            self._reader.connection = first if self._reads is self._writes else self._database.connect()
+            self._reader.connection = first if self._reads is self._writes else self._database.connect(reading=True)
             if self._inline is not None:
-                self._inline.connection = self._database.connect()
+                self._inline.connection = self._database.connect(reading=True)
         except sqlite3.Error as error:
             raise translated(error, "open", self._database.path) from error
 

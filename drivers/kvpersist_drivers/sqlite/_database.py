@@ -32,8 +32,9 @@ __all__ = ["Database"]
 _SOUND_SINCE: Final = (3, 51, 3)
 _COLUMNS: Final = ["k", "v", "ver", "exp"]
 _EXPECTED: Final = f"a kvpersist store of format {FORMAT}"
+_LEAST_BYTES: Final = 512  # of a database: one page
 _STEP_PAGES: Final = 1024  # of a backup, between two looks at whether it is still wanted
-_WAL_KEPT_BYTES: Final = 16 << 20
+_WAL_KEPT_BYTES: Final = 32 << 20
 _creating: Final = threading.Lock()
 
 
@@ -84,7 +85,7 @@ class Database:
             self._close_connections()
             time.sleep(random.uniform(0.001, 0.01))
 
-    def connect(self) -> sqlite3.Connection:
+    def connect(self, *, reading: bool = False) -> sqlite3.Connection:
         """Open another connection, to be used by one thread at a time; `close` closes it."""
         target = (
             "file::memory:" if self.in_memory else f"file:{quote(self.path)}?mode={'ro' if self.read_only else 'rw'}"
@@ -97,8 +98,10 @@ class Database:
         connection.execute("PRAGMA wal_autocheckpoint = 0")
         connection.execute("PRAGMA cache_size = -8000")
         if not self.read_only:
-            connection.execute(_SYNCHRONOUS[self._synchronous])
-            connection.execute(_JOURNAL_SIZE_LIMIT)
+            for setting in _SETTINGS[self._synchronous]:
+                connection.execute(setting)
+        if reading:
+            connection.execute("PRAGMA query_only = ON")
         return connection
 
     @contextmanager
@@ -149,7 +152,7 @@ class Database:
 
     def backup(self, path: str, unwanted: Callable[[], bool]) -> None:
         """Copy the whole store, as it is now, to the new file ``path``; give up when ``unwanted``."""
-        source = self._connections[0] if self.in_memory else self.connect()
+        source = self._connections[0] if self.in_memory else self.connect(reading=True)
         partial = f"{path}.{os.urandom(4).hex()}.partial"
         try:
             with of_file(path):
@@ -158,6 +161,7 @@ class Database:
                 _create(partial)
             # one read transaction all along: without it each commit by others would start the copy anew
             source.execute("BEGIN")
+            source.execute(self._sql.ping).fetchall()
             _copy(source, partial, unwanted)
             with of_file(path):
                 os.rename(partial, path)
@@ -167,7 +171,7 @@ class Database:
         finally:
             with suppress(OSError):
                 os.unlink(partial)
-            if source.in_transaction:
+            with suppress(sqlite3.Error):
                 source.execute("ROLLBACK")
             if not self.in_memory:
                 self._close_one(source)
@@ -218,8 +222,11 @@ class Database:
 
     def _look(self) -> None:
         """Refuse what is not ours before anything is made beside it: immutable leaves no trace."""
-        if not os.path.getsize(self.path):
+        size = os.path.getsize(self.path)
+        if not size:
             return
+        if size < _LEAST_BYTES:  # SQLite would take it for an empty file
+            raise FormatMismatch(self.path, "no SQLite database", _EXPECTED)
         connection = sqlite3.connect(f"file:{quote(self.path)}?mode=ro&immutable=1", uri=True)
         try:
             self._is_complete(connection)
@@ -269,6 +276,7 @@ class Database:
 
     def _refused(self, error: sqlite3.Error) -> Exception:
         folder = os.path.dirname(self.path)
+        # a WAL is read through its -shm file, which a reader has to make if nobody else has
         if self.read_only and code_of(error) in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
             return ReadOnly(
                 f"{folder} cannot be written, and SQLite needs a -shm file there even to read: copy the store"
@@ -276,8 +284,12 @@ class Database:
         return translated(error, "open", self.path)
 
 
-_SYNCHRONOUS: Final = {"FULL": "PRAGMA synchronous = FULL", "NORMAL": "PRAGMA synchronous = NORMAL"}
-_JOURNAL_SIZE_LIMIT: Final = f"PRAGMA journal_size_limit = {_WAL_KEPT_BYTES}"
+_KEPT: Final = f"PRAGMA journal_size_limit = {_WAL_KEPT_BYTES}"
+_SETTINGS: Final = {
+    # without fullfsync, macOS only hands the bytes to the drive
+    "FULL": ("PRAGMA synchronous = FULL", "PRAGMA fullfsync = ON", "PRAGMA checkpoint_fullfsync = ON", _KEPT),
+    "NORMAL": ("PRAGMA synchronous = NORMAL", _KEPT),
+}
 
 
 def _copy(source: sqlite3.Connection, path: str, unwanted: Callable[[], bool]) -> None:

@@ -54,6 +54,8 @@ def of_file(path: str) -> Iterator[None]:
     """Turn a failure of the file system at ``path`` into an error of ours."""
     try:
         yield
+    except KvError:  # some are OSErrors themselves
+        raise
     except OSError as error:
         message = f"{error.filename or path}: {error.strerror}"
         raise ReadOnly(message) if error.errno in _DENIED else Unavailable(message) from error

@@ -38,7 +38,7 @@ class Job:
         """Call ``work``, and keep its answer."""
         try:
             self.outcome = self.work()
-        except Exception as error:  # whatever it is, it is the answer of this call
+        except Exception as error:  # noqa: BLE001  (whatever it is, it is the answer of this call)
             self.error = error
 
 
@@ -136,18 +136,17 @@ class Lane:
             jobs = [item, *self.waiting()]
             try:
                 self._serve(self, jobs)
-            except BaseException as error:  # a defect here must fail the calls, not leave them waiting
+            except BaseException as error:  # noqa: BLE001  (a defect must fail the calls, not leave them waiting)
                 for job in jobs:
                     if job.outcome is None and job.error is None:
                         job.error = error
             self._tell(jobs)
+            del item, jobs  # what they hold must not live until the next one comes
             pause = self._tend(False)
 
     def _tell(self, jobs: list[Job]) -> None:
-        try:
+        with suppress(RuntimeError):  # the loop was closed: nobody waits any more
             self._loop.call_soon_threadsafe(_settle, jobs)
-        except RuntimeError:  # the loop was closed: nobody waits any more
-            pass
 
 
 def serve_calls(lane: Lane, jobs: list[Job]) -> None:

@@ -42,7 +42,10 @@ class Reader:
         with self._translated("scan"):
             rows = self.connection.execute(sql, parameters).fetchall()
         if rows and len(rows[0]) == 8:
-            return [Entry(*row[:4], None if row[4] is None else Entry(*row[4:])) for row in rows]
+            return [
+                Entry(key, value, version, expires, None if found[0] is None else Entry(*found))
+                for key, value, version, expires, *found in rows
+            ]
         return list(starmap(Entry, rows))
 
     def ping(self) -> None:

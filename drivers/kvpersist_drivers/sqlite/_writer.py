@@ -63,8 +63,8 @@ class Writer:
             try:
                 connection.execute("BEGIN IMMEDIATE")
                 removed = connection.execute(self._sql.sweep, (self.clock(), limit)).rowcount
-                connection.execute(_VACUUM).fetchall()
                 connection.execute("COMMIT")
+                connection.executescript(_VACUUM)  # `execute` would stop after the first page
             except sqlite3.Error as error:
                 raise translated(error, "compact", self._database.path) from error
             finally:

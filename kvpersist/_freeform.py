@@ -114,8 +114,8 @@ def untag(value: Any) -> Any:
     todo: list[Any] = [root]
     while todo:  # no recursion: what could be written is read from the bottom of a deep stack too
         container = todo.pop()
-        parts: Any = container.items() if type(container) is dict else enumerate(container)
-        for at, item in cast("Iterable[tuple[Any, Any]]", parts):
+        keyed = type(container) is dict
+        for at, item in cast("dict[Any, Any]", container).items() if keyed else enumerate(container):
             if isinstance(item, list):
                 todo.append(item)
             elif isinstance(item, dict):

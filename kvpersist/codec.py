@@ -480,7 +480,6 @@ def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
 
 def _blamed(value: Any, error: Exception, encode: Callable[[Any], bytes]) -> Unencodable:
     """Find the innermost part that ``encode`` refuses."""
-    refused = Refused(_reason(error))
     steps: list[Any] = []
     found = True
     while found:
@@ -489,9 +488,11 @@ def _blamed(value: Any, error: Exception, encode: Callable[[Any], bytes]) -> Une
             try:
                 encode(item)
             except _REFUSALS as inner:
-                refused.reason, value, found = _reason(inner), item, True
+                error, value = inner, item
+                found = not isinstance(inner, RecursionError)  # a list within itself has no innermost part
                 steps.append(step)
                 break
+    refused = Refused(_reason(error))
     refused.steps = steps[::-1]
     return refused.public()
 
@@ -499,8 +500,6 @@ def _blamed(value: Any, error: Exception, encode: Callable[[Any], bytes]) -> Une
 def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeEncodeError):
         return "text with a lone surrogate, which has no UTF-8 form"
-    if isinstance(error, OverflowError):
-        return "an integer of a typed field has at most 64 bits"
     return "too deep" if isinstance(error, RecursionError) else str(error)
 
 

@@ -422,8 +422,6 @@ class Shapes:
     def __init__(self, *, json: bool) -> None:
         self._json = json
         self._made: dict[int, Shape | None] = {}  # by identity of the type's description
-        self._open: set[int] = set()
-        self._recursive: set[int] = set()
 
     def of(self, info: inspect.Type) -> Shape | None:
         """Return the shape of a type.
@@ -472,13 +470,10 @@ class Shapes:
 
     def _record(self, info: inspect.StructType | inspect.DataclassType | inspect.TypedDictType) -> Shape | None:
         mark = id(info)
-        if mark in self._open:
-            self._recursive.add(mark)  # visited for its depth, if for nothing else
-        if mark in self._made:
+        if mark in self._made:  # a type within itself finds its own shape here, and so is visited for its depth
             return self._made[mark]
         shape = _Keys() if isinstance(info, inspect.TypedDictType) else _Fields(get_origin(info.cls) or info.cls)
         self._made[mark] = shape
-        self._open.add(mark)
         for field in info.fields:
             try:
                 if field.encode_name.startswith("$"):
@@ -489,8 +484,7 @@ class Shapes:
                 raise
             if inner is not None:
                 shape.inner.append((field.name, inner))
-        self._open.discard(mark)
-        if not shape.inner and mark not in self._recursive:
+        if not shape.inner:
             self._made[mark] = None
         return self._made[mark]
 

@@ -193,6 +193,13 @@ def test_the_crc_of_a_json_line_has_one_spelling() -> None:
         unframe(KEY, line[:-8] + line[-8:].upper() + b"\n" + payload)
 
 
+def test_a_schema_version_has_one_spelling() -> None:
+    data = frame(KEY, b"abc", MSGPACK, 1)
+
+    with pytest.raises(CorruptRecord, match="schema version"):
+        unframe(KEY, data[:1] + b"\x81\x00" + data[2:])
+
+
 # --- Free-form values
 
 
@@ -683,6 +690,10 @@ class Words(msgspec.Struct, tag="words"):
     content: Any = None
 
 
+class MoreWords(Words, tag="more"):
+    title: Any = None
+
+
 class Picture(msgspec.Struct, tag="picture"):
     meta: dict[str, Any]
 
@@ -695,7 +706,7 @@ class Frozen(msgspec.Struct, frozen=True, tag=True, rename="camel", omit_default
     by_number: dict[int, Any] = {}
     pair: tuple[int, Any] = (0, None)
     many: tuple[Any, ...] = ()
-    one_of: Words | Picture | None = None
+    one_of: Words | MoreWords | Picture | None = None
     point: Point | None = None
     thing: object = None
     deep: list[list[dict[str, list[Any]]]] = []
@@ -743,6 +754,7 @@ def test_free_form_values_are_found_wherever_the_type_has_them(codec: CodecName,
         {"one_of": None},
         {"one_of": Words({"$a": {"$b": b"x"}})},
         {"one_of": Words(["$a", BIG])},
+        {"one_of": MoreWords({"$a": b"x"}, b"y")},
         {"one_of": Picture({"$a": BIG})},
     ],
 )
@@ -975,6 +987,14 @@ def test_added_and_renamed_fields_need_no_upcaster() -> None:
     data = RecordCodec(Before).encode(KEY, Before("a", "b", "c", AT, "kept"))
 
     assert RecordCodec(New).decode(KEY, data) == New("a", "b", "c", AT, {}, 7, "kept")
+
+
+@both
+def test_mappings_with_other_keys_than_text_pass_through_an_upcaster(codec: CodecName) -> None:
+    record = Frozen("a", by_number={5: b"x", -1: {"$a": BIG}})
+    data = RecordCodec(Frozen, codec=codec).encode(KEY, record)
+
+    assert RecordCodec(Frozen, version=2, upcasters={1: dict}).decode(KEY, data) == record
 
 
 def test_what_an_upcaster_raises_is_the_callers_with_the_record_named() -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import sys
 
 import pytest
 from checkout import parsed
 
 _TREES = dict(parsed())
 _REVIVING = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "jsonpickle", "yaml"}
+_BASE = {"kvpersist", "kvpersist_drivers", "msgspec", "platformdirs", "uuid_utils"}
+_CLI = {"cyclopts", "rich"}
+_TESTING = {"hypothesis", "pytest", "pytest_asyncio"}
 _RUNNING = {"eval", "exec", "compile", "__import__"}
 _EXECUTE = {"execute", "executemany", "executescript"}
 
@@ -70,6 +74,14 @@ def test_the_scan_finds_what_revives_and_runs() -> None:
 
     assert _imported(tree) & _REVIVING == {"pickle", "marshal"}
     assert _called(tree) & _RUNNING == {"eval"}
+
+
+@pytest.mark.parametrize("module", _TREES)
+def test_a_module_imports_what_its_extra_brings_and_no_more(module: str) -> None:
+    extras = {"kvpersist.cli": _CLI, "kvpersist.testing": _TESTING}
+    allowed = _BASE.union(*(more for prefix, more in extras.items() if module.startswith(prefix)))
+
+    assert _imported(_TREES[module]) - set(sys.stdlib_module_names) - allowed == set()
 
 
 def test_the_library_names_no_driver() -> None:

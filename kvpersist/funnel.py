@@ -157,6 +157,12 @@ class Funnel(Generic[S, I, O]):
         lane = self._lanes.get(parent)
         return None if lane is None else lane.state
 
+    def remember(self, parent: str, state: S) -> None:
+        """Spare the first round the reading of a state that is known."""
+        lane = self._lanes.get(parent) or self._new_lane(parent)
+        if not lane.busy:
+            lane.state = state
+
     def forget(self, parent: str) -> None:
         """Let the next round read the state of ``parent`` again."""
         lane = self._lanes.get(parent)
@@ -220,6 +226,7 @@ class Funnel(Generic[S, I, O]):
         """Write some items as one batch and settle each; raises what concerns all that are left."""
         attempt = 0
         while calls:
+            built: Built[S, O] | None = None
             try:
                 state = lane.state
                 if state is None:
@@ -230,11 +237,12 @@ class Funnel(Generic[S, I, O]):
                     lane.state = built.after(version)
             except Conflict as conflict:
                 lane.state = None
-                if not self._atomic and built.stands is not None and conflict.position >= built.stands:
-                    await self._amend(parent, lane, built.amends)
-                elif self._lost is not None and (blamed := await self._lost(parent, built, conflict)) is not None:
+                blamed = None if built is None or self._lost is None else await self._lost(parent, built, conflict)
+                if blamed is not None:
                     calls.pop(blamed[0]).settle(blamed[1])
                     continue
+                if self._stands(built, conflict):
+                    await self._amend(parent, lane, built.amends if built is not None else ())
                 else:
                     await backoff(attempt)
                     attempt += 1
@@ -243,9 +251,12 @@ class Funnel(Generic[S, I, O]):
             except BaseException:  # also a cancellation: what is stored now is not known
                 lane.state = None
                 raise
-            for call, answer in zip(calls, built.results, strict=True):
+            for call, answer in zip(calls, () if built is None else built.results, strict=True):
                 call.settle(answer)
             return
+
+    def _stands(self, built: Built[S, O] | None, conflict: Conflict) -> bool:
+        return not self._atomic and built is not None and built.stands is not None and conflict.position >= built.stands
 
     async def _amend(self, parent: str, lane: _Lane[S, I, O], amends: Sequence[I]) -> None:
         """Mend the stat of items that stand. Given up after some attempts: fsck counts again."""

@@ -50,7 +50,7 @@ class _Stat(msgspec.Struct, frozen=True, gc=False):
 
 class _State(NamedTuple):
     last: int
-    count: int
+    alive: int
     expect: Expect  # of the stat record
 
 
@@ -156,7 +156,7 @@ class Log(Generic[R]):
 
     async def count(self, parent: str) -> int:
         """How many items are alive: one read, whatever their number."""
-        return (await self._load(parent)).count
+        return (await self._load(parent)).alive
 
     async def delete(self, parent: str, number: int) -> bool:
         """Delete one item; False if there is none. Its number is not used again."""
@@ -215,8 +215,7 @@ class Log(Generic[R]):
         amends: list[_Lower] = []
         removed: dict[str, Entry | None] = {}
         for item in items:
-            kind = type(item)
-            if kind is _Remove:
+            if type(item) is _Remove:
                 names = [prefix + number_of(number) for number in item.numbers]
                 names = [name for name in names if name not in removed]
                 found = await self._store._entries(names)
@@ -230,7 +229,7 @@ class Log(Generic[R]):
                 count -= len(alive)
                 amends.append(_Lower(len(alive)))
                 results.append(len(alive))
-            elif kind is _Lower:
+            elif type(item) is _Lower:
                 count -= item.by
                 results.append(None)
             else:
@@ -247,7 +246,7 @@ class Log(Generic[R]):
                 last += len(puts)
                 count += len(puts)
         stands = len(ops)
-        if ops or count != state.count:
+        if ops or count != state.alive:
             key = self._stat_prefix + keys.encode(parent)
             ops.append(Put(key, self._stats.encode(key, _Stat(last, count)), expect))
         return Built(ops, lambda version: _State(last, count, version), results, stands, amends)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from functools import cache
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Final, Literal, TypeAlias, cast, get_args
 from uuid import UUID
 
 import msgspec
@@ -176,7 +176,7 @@ def _uuid7() -> Any:
         from uuid import uuid7  # type: ignore[attr-defined]  # 3.14 and later
     except ImportError:
         from uuid_utils import uuid7
-    return uuid7
+    return cast("Any", uuid7)
 
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)

@@ -1,0 +1,82 @@
+"""The agent's collections in one namespace, and the keys beside their records."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import Final
+
+from kvpersist import keys
+from kvpersist.agents.records import Message, Session, ToolCall
+from kvpersist.agents.stat import Stat
+from kvpersist.codec import RecordCodec
+from kvpersist.driver import Entry
+from kvpersist.index_writes import live
+from kvpersist.repository import Repository
+from kvpersist.store import Store
+
+__all__ = ["Collections"]
+
+_PAGE: Final = 250  # entries read at once
+
+
+class Collections:
+    """The agent's collections in one namespace, and the keys beside them."""
+
+    def __init__(
+        self,
+        store: Store,
+        namespace: str,
+        sessions: Repository[Session],
+        messages: Repository[Message],
+        tool_calls: Repository[ToolCall],
+        *,
+        own_call_indexes: bool = False,
+    ) -> None:
+        """``own_call_indexes``: tool calls have indexes beyond the usual ones."""
+        space = keys.namespace(namespace)
+        self.store = store
+        self.namespace = namespace
+        self.owned = False
+        self._space = space
+        self.sessions, self.messages, self.tool_calls = sessions, messages, tool_calls
+        self.own_call_indexes = own_call_indexes
+        self.stats = RecordCodec(Stat, codec=store.codec)
+        self.message_prefix = keys.record_prefix(space, "message")
+        self.call_prefix = keys.record_prefix(space, "tool_call")
+        self.session_prefix = keys.record_prefix(space, "session")
+        self.stat_prefix = keys.meta_prefix(space, "session", "stat")
+        self.birth_prefix = keys.meta_prefix(space, "session", "birth")
+        self.deleting_prefix = keys.meta_prefix(space, "session", "deleting")
+        self.updated_prefix = keys.index_prefix(space, "session", "updated")
+
+    async def own(self) -> None:
+        """Note that plain writes have no place in this namespace."""
+        if not self.owned:
+            await self.store._own(self._space)
+            self.owned = True
+
+    def now(self) -> datetime:
+        """The store's time."""
+        return datetime.fromtimestamp(self.store.clock(), UTC)
+
+    def updated_key(self, pk: str, at: datetime) -> str:
+        """The key of a session in the index by its last change, newest first."""
+        return f"{self.updated_prefix}{keys.encode(at, descending=True)}!{pk}"
+
+    async def calls_of(self, part: str, first: int, last: int) -> AsyncIterator[Entry]:
+        """The stored calls of a session that messages ``first`` to ``last`` asked for."""
+        start = f"{self.call_prefix}{part}!{keys.encode(first)}"
+        end = f"{self.call_prefix}{part}!{keys.encode(last + 1)}"
+        while True:
+            page = await self.store._scan(start, end, limit=_PAGE)
+            for entry in page:
+                if live(entry) is not None:
+                    yield entry
+            if len(page) < _PAGE:
+                return
+            start = page[-1].key + "!"  # no key lies between a key and itself + '!'
+
+    def stat_of(self, entry: Entry) -> Stat:
+        """Decode a stat record."""
+        return self.stats.decode(entry.key, entry.value)

@@ -1,0 +1,236 @@
+"""The way in: an agent's records in one namespace of a store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Self, TypeVar
+from uuid import UUID
+
+from msgspec import UNSET, UnsetType
+
+from kvpersist import keys
+from kvpersist.agents.collections import Collections
+from kvpersist.agents.deletion import Deletions
+from kvpersist.agents.messages import Messages
+from kvpersist.agents.ordered import OrderedTurns
+from kvpersist.agents.records import Message, Session, Stats, TimelineItem, ToolCall
+from kvpersist.agents.sessions import Sessions
+from kvpersist.agents.tool_calls import ToolCalls
+from kvpersist.agents.turns import Turns
+from kvpersist.driver import Clock, Driver
+from kvpersist.errors import BadOption
+from kvpersist.index import Index
+from kvpersist.log import require_sequences
+from kvpersist.repository import Repository
+from kvpersist.store import Opening, Store, open_store
+from kvpersist.urls import Where
+
+__all__ = ["Persistence", "open"]
+
+R = TypeVar("R")
+
+_PAGE = 500  # stats read at once
+_COLLECTIONS = frozenset(("session", "message", "tool_call"))
+
+
+class Persistence:
+    """Sessions, messages and tool calls of one namespace. Made by `open`.
+
+    Attributes:
+        store: plain keys beside the records, in namespaces of their own.
+        sessions, messages, tool_calls: the records.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        namespace: str = "kv",
+        session_indexes: Iterable[Index] = (),
+        message_indexes: Iterable[Index] = (),
+        tool_call_indexes: Iterable[Index] = (),
+        owns_store: bool = False,
+    ) -> None:
+        require_sequences(store, "persistence of sessions")
+        self.store = store
+        self.namespace = namespace
+        more_calls = list(tool_call_indexes)
+        sessions = Repository(
+            store,
+            Session,
+            name="session",
+            namespace=namespace,
+            indexes=[Index("user_id", order_by="-created_at"), Index(order_by="-created_at"), *_own(session_indexes)],
+        )
+        messages = Repository(
+            store,
+            Message,
+            name="message",
+            key=("session_id", "number"),
+            namespace=namespace,
+            indexes=[Index("id", unique=True), *message_indexes],
+        )
+        tool_calls = Repository(
+            store,
+            ToolCall,
+            name="tool_call",
+            key=("session_id", "number", "position"),
+            namespace=namespace,
+            indexes=[
+                Index("name", order_by="-created_at"),
+                Index("is_error", order_by="-created_at"),
+                Index("state", order_by="-created_at"),
+                *more_calls,
+            ],
+        )
+        self._all = Collections(store, namespace, sessions, messages, tool_calls, own_call_indexes=bool(more_calls))
+        atomic = store.capabilities.atomic_batch != "none"
+        turns = Turns(self._all) if atomic else OrderedTurns(self._all)
+        self._deletions = Deletions(self._all)
+        self.sessions = Sessions(self._all, turns, self._deletions)
+        self.messages = Messages(self._all, turns)
+        self.tool_calls = ToolCalls(self._all, turns)
+        self._owns_store = owns_store
+
+    def repository(
+        self,
+        type: type[R],
+        *,
+        name: str,
+        key: str | tuple[str, ...] = "id",
+        indexes: Iterable[Index] = (),
+        **options: Any,
+    ) -> Repository[R]:
+        """Declare a collection of your own in this namespace. As `Repository`.
+
+        Raises:
+            BadOption: ``name`` is one of the agent's own collections.
+        """
+        if name in _COLLECTIONS:
+            raise BadOption("name", f"{name!r} is the agent's own collection: choose another name")
+        return Repository(self.store, type, name=name, key=key, indexes=indexes, namespace=self.namespace, **options)
+
+    async def timeline(self, session_id: str | UUID, *, after: int = 0, limit: int = 1_000) -> list[TimelineItem]:
+        """Return a session's messages in order, each with the calls it asked for, their results and durations.
+
+        Args:
+            after: begin behind this message number.
+            limit: how many messages at most.
+        """
+        found = await self.messages.range(session_id, after=after, limit=limit)
+        if not found:
+            return []
+        first = after if after == 0 else found[0].number - 1
+        calls = await self.tool_calls.of(session_id, after=first, before=found[-1].number + 1)
+        items = {
+            message.number: TimelineItem(
+                at=message.created_at or self._all.now(), number=message.number, message=message, tool_calls=[]
+            )
+            for message in found
+        }
+        for call in calls:
+            item = items.get(call.number) or items[found[0].number]  # recorded before the first message
+            item.tool_calls.append(call)
+            if call.result_number in items:
+                items[call.result_number].answers = call
+        return list(items.values())
+
+    async def stats(self) -> Stats:
+        """Count everything in the namespace from the sessions' stats: no message or call is read."""
+        total = Stats()
+        prefix = self._all.stat_prefix
+        start, end = prefix, keys.prefix_end(prefix)
+        while True:
+            page = await self.store._scan(start, end, limit=_PAGE)
+            for entry in page:
+                stat = self._all.stat_of(entry)
+                total.sessions += 1
+                total.messages += stat.messages
+                _add(total.messages_by_role, stat.roles)
+                for name, (calls, completed, failed) in stat.tools.items():
+                    states = {"pending": calls - completed - failed, "completed": completed, "failed": failed}
+                    total.tool_calls += calls
+                    total.tool_errors += failed
+                    _add(total.tool_calls_by_name, {name: calls})
+                    _add(total.tool_calls_by_state, {state: count for state, count in states.items() if count})
+            if len(page) < _PAGE:
+                return total
+            start = page[-1].key + "!"  # no key lies between a key and itself + '!'
+
+    async def close(self) -> None:
+        """Close the store, if `open` opened it; a second call does nothing."""
+        if self._owns_store:
+            await self.store.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+def open(
+    where: Where | Driver | Store | None = None,
+    *,
+    namespace: str = "kv",
+    session_indexes: Iterable[Index] = (),
+    message_indexes: Iterable[Index] = (),
+    tool_call_indexes: Iterable[Index] = (),
+    codec: Literal["msgpack", "json"] | None = None,
+    ttl: float | None | UnsetType = UNSET,
+    timeout: float | None | UnsetType = UNSET,
+    clock: Clock = time.time,
+    sweep: float | None | UnsetType = UNSET,
+) -> Opening[Persistence]:
+    """Open an agent's records; ``async with`` it, or await it and close it.
+
+    A deletion that a crash interrupted is finished first.
+
+    Args:
+        where: a URL, a path, a mapping with a ``type`` key, a ready Driver, an open Store (both yours
+            to close), or None: ``KVPERSIST_URL``, then ``kvpersist.toml``, then a SQLite file in the
+            user's data folder.
+        namespace: a tenant or application; namespaces of one store do not see each other.
+        session_indexes, message_indexes, tool_call_indexes: indexes beyond the usual ones.
+        codec, ttl, timeout, clock, sweep: as for `open_store`. ``ttl`` is for plain keys, and for
+            repositories of your own: sessions and what belongs to them do not expire.
+
+    Raises:
+        As `open_store`; Unsupported: the backend has no ordered scan or no conditional writes.
+    """
+
+    async def make() -> Persistence:
+        store = await open_store(where, codec=codec, ttl=ttl, timeout=timeout, clock=clock, sweep=sweep)
+        owns = store is not where
+        try:
+            db = Persistence(
+                store,
+                namespace=namespace,
+                session_indexes=session_indexes,
+                message_indexes=message_indexes,
+                tool_call_indexes=tool_call_indexes,
+                owns_store=owns,
+            )
+            await db._deletions.finish_all()
+        except BaseException:
+            if owns:
+                await store.close()
+            raise
+        return db
+
+    return Opening(make)
+
+
+def _own(indexes: Iterable[Index]) -> list[Index]:
+    """Refuse what cannot be indexed in a session's own record."""
+    declared = list(indexes)
+    for index in declared:
+        if index.name == "updated" or "updated_at" in (*index.fields, (index.order_by or "").removeprefix("-")):
+            raise BadOption("session_indexes", "updated_at is kept beside the record: use sessions.recent()")
+    return declared
+
+
+def _add(total: dict[str, int], counts: Mapping[str, int]) -> None:
+    for name, count in counts.items():
+        total[name] = total.get(name, 0) + count

@@ -1,0 +1,401 @@
+"""Everything that is written below a session, on a backend with atomic batches.
+
+One batch per turn, through one funnel per session. It carries checks of the session's birth key and
+of the definitions its index entries were made by, the new stat on condition of the old one, and
+what the items of the round need. `kvpersist.agents.ordered` serves the other backends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from itertools import islice
+from typing import Any, Final, TypeVar, cast
+
+import msgspec
+
+from kvpersist import keys
+from kvpersist.agents.collections import Collections
+from kvpersist.agents.items import (
+    Begin,
+    Edit,
+    EditSession,
+    End,
+    Item,
+    RemoveMessage,
+    Turn,
+    answered,
+    asked_call,
+    edited,
+    edited_session,
+    ended,
+    unanswered,
+    weight,
+)
+from kvpersist.agents.records import Message, Session, ToolCall
+from kvpersist.agents.stat import Draft, Parent, Stat
+from kvpersist.atomic_writer import AtomicWriter
+from kvpersist.atomic_writer import _Ops as IndexOps
+from kvpersist.atomic_writer import _Orphans as Orphans
+from kvpersist.definitions import Known
+from kvpersist.driver import ABSENT, Check, Delete, Entry, Op, Put
+from kvpersist.errors import Conflict, CorruptRecord, KvError, ParentGone, UniqueConflict
+from kvpersist.funnel import Built, Funnel
+from kvpersist.index_writes import live, version_of
+from kvpersist.log import after_stat
+from kvpersist.repository import Repository
+
+__all__ = ["EXACT", "Turns", "atomic_writer"]
+
+R = TypeVar("R")
+
+EXACT: Final = timedelta(seconds=1)
+"""How far the index `updated` may lie behind."""
+
+_LARGE: Final = 1 << 16  # bytes of a call that is not remembered until its answer
+
+
+class Turns:
+    """Builds the batches of one namespace's sessions, on a backend with atomic ones."""
+
+    def __init__(self, collections: Collections) -> None:
+        self._all = collections
+        self._store = collections.store
+        self._taken_over = Orphans()  # claims whose holder does not live, seen in a conflict
+        self._funnel: Funnel[Parent, Item, Any] = Funnel(
+            self._store, self._load, self._build, lost=self._lost, weigh=weight, what="write to session"
+        )
+
+    def created(self, session_id: str, parent: Parent) -> None:
+        """Remember a session that was created here, so that its first turn needs no read."""
+        self._funnel.remember(session_id, parent)
+
+    async def submit(self, session_id: str, item: Item) -> Any:
+        """Write ``item`` below the session and return its answer.
+
+        Raises:
+            ParentGone: there is no such session, or it was deleted; nothing was written.
+        """
+        return await self._funnel.submit(session_id, item)
+
+    async def _load(self, session_id: str) -> Parent:
+        every = self._all
+        part = keys.encode(session_id)
+        birth, stat = await self._store._entries([every.birth_prefix + part, every.stat_prefix + part])
+        if birth is None:
+            raise ParentGone("session", session_id)
+        if stat is None:  # damaged: count again
+            draft = Draft(Stat(every.now()))
+            async for entry in after_stat(self._store, f"{every.message_prefix}{part}!", 0):
+                if live(entry) is not None:
+                    draft.add(every.messages._codec.decode(entry.key, entry.value))
+            return Parent(Check(birth.key, birth.version), draft.done(None), b"", {})
+        return Parent(Check(birth.key, birth.version), every.stat_of(stat), stat.version, {})
+
+    async def _build(self, session_id: str, parent: Parent, items: list[Item]) -> Built[Parent, Any]:
+        round_ = Round(self._all, session_id, parent, self._taken_over)
+        await round_.prepare(items)
+        for position, item in enumerate(items):
+            await round_.add(position, item)
+        return await round_.built()
+
+    async def _lost(self, session_id: str, built: Built[Parent, Any], conflict: Conflict) -> tuple[int, KvError] | None:
+        """Refresh what the conflict shows to be stale; a value that is taken fails the item that wants it."""
+        every = self._all
+        repositories: list[Repository[Any]] = [every.messages, every.tool_calls, every.sessions]
+        for repository in repositories:
+            definitions = repository._definitions
+            known = definitions.cached
+            if known is None:
+                continue
+            if conflict.key == definitions.key:
+                await definitions.refresh()
+                return None
+            if any(slot.bound.unique and conflict.key.startswith(slot.prefix) for slot in known.maintained):
+                try:
+                    await atomic_writer(repository)._resolve(known, "", conflict, self._taken_over)
+                except UniqueConflict as error:
+                    position = (built.claims or {}).get(conflict.key)
+                    return None if position is None else (position, error)
+        return None
+
+
+class Round:
+    """One batch in the making: what several items below one session write together."""
+
+    def __init__(self, collections: Collections, session_id: str, parent: Parent, orphans: Orphans) -> None:
+        self._all = collections
+        self._store = collections.store
+        self._session_id = session_id
+        self._part = keys.encode(session_id)
+        self._parent = parent
+        self._draft = Draft(parent.stat)
+        self._orphans = orphans
+        self._checks: dict[str, Op] = {}
+        self._puts: list[Op] = []
+        self._ops = IndexOps()
+        self._claims: dict[str, int] = {}
+        self._calls: dict[str, tuple[Entry | None, ToolCall]] = {}  # as stored, and as it will be
+        self._waiting: dict[str, tuple[Entry, ToolCall]] = {}
+        self._results: list[Any] = []
+        self._dead = False
+
+    async def prepare(self, items: Sequence[Item]) -> None:
+        """Read the calls that the round's messages answer, where they are not remembered: one get."""
+        asked: dict[str, int] = {}
+        for item in items:
+            if type(item) is Turn:
+                for message in item.messages:
+                    if message.tool_call_id is not None and message.role == "tool":
+                        asked[message.tool_call_id] = asked.get(message.tool_call_id, 0) + 1
+        if not asked:
+            return
+        held: dict[str, Entry | None] = {}
+        for call_id, number, position in reversed(self._draft.open):
+            if asked.get(call_id, 0) > 0:
+                asked[call_id] -= 1
+                pk = self._call_pk(number, position)
+                held[pk] = self._parent.recent.get(pk)
+        missing = [pk for pk, entry in held.items() if entry is None]
+        prefix, codec = self._all.call_prefix, self._all.tool_calls._codec
+        held.update(zip(missing, await self._store._entries([prefix + pk for pk in missing]), strict=True))
+        for pk, entry in held.items():
+            if entry is not None:
+                try:
+                    self._waiting[pk] = entry, codec.decode(entry.key, entry.value)
+                except CorruptRecord:  # it cannot be joined; its message is kept all the same
+                    continue
+
+    async def add(self, position: int, item: Item) -> None:
+        """Add one item; where it fails, its error, and nothing else of it."""
+        marks = len(self._ops.by_key), len(self._puts)
+        try:
+            self._results.append(await self._added(item))
+        except KvError as error:
+            for key in list(self._ops.by_key)[marks[0] :]:
+                del self._ops.by_key[key]
+                self._ops.claims.pop(key, None)
+            del self._puts[marks[1] :]
+            self._results.append(error)
+        if len(self._ops.claims) != len(self._claims):
+            for key in self._ops.claims:
+                self._claims.setdefault(key, position)
+
+    async def built(self) -> Built[Parent, Any]:
+        """Return the batch: checks, records, index entries, and the stat that counts them."""
+        parent, every, draft = self._parent, self._all, self._draft
+        recent: dict[str, tuple[str, bytes]] = {}
+        if self._calls:
+            writer, known = await self._using(every.tool_calls)
+            for pk, (old, call) in self._calls.items():
+                key = every.call_prefix + pk
+                data = writer._encoded(key, call, old, known)
+                self._puts.append(Put(key, data, version_of(old)))
+                await writer._index_ops(self._ops, known, pk, old, call, None, {})
+                if call.state == "pending" and len(data) <= _LARGE:
+                    recent[pk] = key, data
+        if not self._puts and not self._ops.by_key:
+            return Built([], lambda version: parent, self._results)
+        ops: list[Op] = [*self._checks.values(), *self._puts, *self._ops.by_key.values()]
+        if self._orphans.claims:
+            ops += [op for key, op in self._orphans.guards.items() if key not in self._checks]
+            self._orphans.claims.clear()
+            self._orphans.guards.clear()
+        if self._dead:
+            return Built(ops, lambda version: cast("Parent", None), self._results, claims=self._claims)
+        indexed_at = parent.stat.indexed_at
+        if indexed_at is None or abs(draft.updated_at - indexed_at) >= EXACT:
+            if indexed_at is not None:
+                ops.append(Delete(every.updated_key(self._part, indexed_at)))
+            indexed_at = draft.updated_at
+            ops.append(Put(every.updated_key(self._part, indexed_at), self._part.encode()))
+        stat = draft.done(indexed_at)
+        key = every.stat_prefix + self._part
+        ops.append(parent.birth)
+        ops.append(Put(key, every.stats.encode(key, stat), parent.version or ABSENT))
+
+        def after(version: bytes) -> Parent:
+            remembered = {pk: Entry(key, data, version) for pk, (key, data) in recent.items()}
+            if not remembered and parent.recent:
+                remembered = {pk: entry for pk, entry in parent.recent.items() if pk not in self._calls}
+            return Parent(parent.birth, stat, version, remembered)
+
+        return Built(ops, after, self._results, claims=self._claims)
+
+    # ---- items
+
+    async def _added(self, item: Item) -> Any:
+        if type(item) is Turn:
+            return await self._turn(item.messages)
+        if type(item) is Edit:
+            return await self._edit(item)
+        if type(item) is RemoveMessage:
+            return await self._remove(item.number)
+        if type(item) is Begin:
+            return await self._begin(item.call)
+        if type(item) is End:
+            return await self._end(item)
+        if type(item) is EditSession:
+            return await self._edit_session(item)
+        return await self._kill()
+
+    async def _turn(self, messages: Sequence[Message]) -> Sequence[Message]:
+        every = self._all
+        writer, known = await self._using(every.messages)
+        encode, prefix, part = writer._codec.encode, every.message_prefix, self._part
+        taken_over = self._orphans.claims
+        number = self._draft.last
+        for message in messages:
+            number += 1
+            message.number = number
+            pk = f"{part}!{keys.encode(number)}"
+            key = prefix + pk
+            self._puts.append(Put(key, encode(key, message), ABSENT))
+            await writer._index_ops(self._ops, known, pk, None, message, None, taken_over)
+        made = [(pk, call) for message in messages if message.tool_calls for pk, call in self._asked_by(message)]
+        if made and every.own_call_indexes:  # what they refuse is refused here, before anything is counted
+            for slot in (await every.tool_calls._definitions.known()).maintained:
+                for pk, call in made:
+                    slot.keys(call, pk)
+        asked = iter(made)
+        for message in messages:
+            self._draft.add(message)
+            for pk, call in islice(asked, len(message.tool_calls or ())):
+                self._calls[pk] = None, call
+                self._draft.count(None, call)
+            if message.tool_call_id is not None and message.role == "tool":
+                self._answer(message, message.tool_call_id)
+        return messages
+
+    def _asked_by(self, message: Message) -> list[tuple[str, ToolCall]]:
+        return [
+            (self._call_pk(message.number, position), asked_call(message, position))
+            for position in range(len(message.tool_calls or ()))
+        ]
+
+    def _answer(self, message: Message, call_id: str) -> None:
+        """Join a tool message with the latest earlier call of its id that waits, if there is one."""
+        waiting = self._draft.asked(call_id, message.number)
+        if waiting is None:
+            return
+        pk = self._call_pk(waiting[1], waiting[2])
+        held = self._calls.get(pk) or self._waiting.get(pk)
+        if held is None:  # damaged: nothing to join with
+            self._draft.open.remove(waiting)
+            return
+        done = answered(held[1], message)
+        self._draft.count(held[1], done)
+        self._calls[pk] = held[0], done
+
+    async def _edit(self, item: Edit) -> Message | None:
+        writer, known = await self._using(self._all.messages)
+        pk = f"{self._part}!{keys.encode(item.number)}"
+        [entry] = await self._store._entries([self._all.message_prefix + pk])
+        if entry is None:
+            return None
+        changed = edited(item.fn, writer._codec, entry)
+        self._puts.append(Put(entry.key, writer._encoded(entry.key, changed, entry, known), entry.version))
+        await writer._index_ops(self._ops, known, pk, entry, changed, None, self._orphans.claims)
+        self._draft.touch(self._all.now())
+        return changed
+
+    async def _remove(self, number: int) -> bool:
+        every = self._all
+        writer, known = await self._using(every.messages)
+        pk = f"{self._part}!{keys.encode(number)}"
+        [entry] = await self._store._entries([every.message_prefix + pk])
+        if entry is None:
+            return False
+        message = writer._codec.decode(entry.key, entry.value)
+        await writer._index_ops(self._ops, known, pk, entry, None, None, {})
+        self._puts.append(writer._deletion(entry))
+        self._draft.remove(message)
+        call_writer, call_known = await self._using(every.tool_calls)
+        async for call_entry in every.calls_of(self._part, number, number):
+            call = call_writer._codec.decode(call_entry.key, call_entry.value)
+            call_pk = call_entry.key[len(every.call_prefix) :]
+            await call_writer._index_ops(self._ops, call_known, call_pk, call_entry, None, None, {})
+            self._puts.append(call_writer._deletion(call_entry))
+            self._draft.count(call, None)
+        if message.role == "tool" and message.tool_call_id is not None:
+            async for call_entry in every.calls_of(self._part, 0, number - 1):
+                call = call_writer._codec.decode(call_entry.key, call_entry.value)
+                if call.result_number == number:  # it waits again
+                    asked = unanswered(call)
+                    self._calls[call_entry.key[len(every.call_prefix) :]] = call_entry, asked
+                    self._draft.count(call, asked)
+        self._draft.touch(every.now())
+        return True
+
+    async def _begin(self, call: ToolCall) -> ToolCall:
+        every = self._all
+        call.number, call.position = self._draft.last, 0
+        async for entry in every.calls_of(self._part, call.number, call.number):
+            call.position = keys.decode(entry.key.rpartition("!")[2], int) + 1
+        pk = self._call_pk(call.number, call.position)
+        every.tool_calls._codec.encode(pk, call)  # what cannot be kept fails here
+        self._calls[pk] = None, call
+        self._draft.count(None, call)
+        self._draft.touch(call.created_at)
+        return call
+
+    async def _end(self, item: End) -> ToolCall | None:
+        every = self._all
+        pk = self._call_pk(item.number, item.position)
+        [entry] = await self._store._entries([every.call_prefix + pk])
+        if entry is None:
+            return None
+        call = every.tool_calls._codec.decode(entry.key, entry.value)
+        done = ended(call, item, every.now())
+        every.tool_calls._codec.encode(pk, done)  # what cannot be kept fails here
+        self._calls[pk] = entry, done
+        self._draft.count(call, done)
+        self._draft.touch(done.completed_at)
+        return done
+
+    async def _edit_session(self, item: EditSession) -> Session:
+        every = self._all
+        writer, known = await self._using(every.sessions)
+        [entry] = await self._store._entries([every.session_prefix + self._part])
+        if entry is None:
+            raise ParentGone("session", self._session_id)
+        changed = edited_session(item.fn, writer._codec, entry, self._draft, every.now())
+        stored = msgspec.structs.replace(changed, updated_at=None)
+        self._puts.append(Put(entry.key, writer._encoded(entry.key, stored, entry, known), entry.version))
+        await writer._index_ops(self._ops, known, self._part, entry, stored, None, self._orphans.claims)
+        return changed
+
+    async def _kill(self) -> bool:
+        every, parent = self._all, self._parent
+        writer, known = await self._using(every.sessions)
+        [entry] = await self._store._entries([every.session_prefix + self._part])
+        if entry is not None:
+            try:
+                await writer._index_ops(self._ops, known, self._part, entry, None, None, {})
+            except CorruptRecord:  # its index entries are found by what they point at
+                self._ops.by_key.update((await writer._pointing_at(known, self._part)).by_key)
+            self._puts.append(writer._deletion(entry))
+        self._puts.append(Delete(parent.birth.key, cast("bytes", parent.birth.expect)))
+        self._puts.append(Put(every.deleting_prefix + self._part, b"1"))
+        if parent.version:
+            self._puts.append(Delete(every.stat_prefix + self._part, parent.version))
+        if parent.stat.indexed_at is not None:
+            self._puts.append(Delete(every.updated_key(self._part, parent.stat.indexed_at)))
+        self._dead = True
+        return True
+
+    # ---- shared
+
+    async def _using(self, repository: Repository[R]) -> tuple[AtomicWriter[R], Known]:
+        """Return how the records of a collection are written; the batch checks its definition from now on."""
+        known = await repository._definitions.known()
+        self._checks[known.check.key] = known.check
+        return atomic_writer(repository), known
+
+    def _call_pk(self, number: int, position: int) -> str:
+        return f"{self._part}!{keys.encode(number)}!{keys.encode(position)}"
+
+
+def atomic_writer(repository: Repository[R]) -> AtomicWriter[R]:
+    """How a repository writes on a backend with atomic batches."""
+    return cast("AtomicWriter[R]", repository._writer)

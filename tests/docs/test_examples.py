@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,13 +31,29 @@ def _compare(example: Example) -> None:
         assert example.namespace.pop("printed") == example.parsed
 
 
-SYBIL = Sybil(parsers=[CodeBlockParser("python", _run), CodeBlockParser("text", _compare)])
+def _console(example: Example) -> None:
+    """Run the ``$ kvpersist`` lines of a block and compare what each prints; other commands are only shown."""
+    for part in re.split(r"^\$ ", example.parsed, flags=re.MULTILINE)[1:]:
+        command, _, expected = part.partition("\n")
+        if command.startswith("kvpersist "):
+            line = f"{shlex.quote(sys.executable)} -m {command}"
+            done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stdout) == (0, expected), f"{command}\n{done.stderr}"
+
+
+SYBIL = Sybil(
+    parsers=[
+        CodeBlockParser("python", _run),
+        CodeBlockParser("text", _compare),
+        CodeBlockParser("console", _console),
+    ]
+)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("KVPERSIST_URL", raising=False)
+    monkeypatch.setenv("KVPERSIST_URL", "sqlite:///usual.db")
     document = SYBIL.parse(page)
 
     for example in document.examples():

@@ -9,17 +9,18 @@ jsonl       an OpenAI message per line; the session itself is left out
 ==========  ================================================================================
 
 The last two are for other tools: they hold what an OpenAI message has a place for, and the keys
-that an import kept in ``extra``; times are left out.
+that an import kept in ``extra``; times, and calls that no message asked for, are left out.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import msgspec
 
 from kvpersist.agents.persistence import Persistence
-from kvpersist.agents.records import Message, Session, ToolCallPart
+from kvpersist.agents.records import Message, Session, ToolCall, ToolCallPart
 from kvpersist.errors import BadOption
 from kvpersist.ops.chat_formats import EXPORT_FORMAT, EXPORT_VERSION, to_json
 
@@ -43,7 +44,7 @@ async def export_session(db: Persistence, session_id: str, format: ExportFormat 
         return None
     messages = [message async for message in db.messages.iterate(session_id)]
     if format == "kvpersist":
-        return _own(session, messages)
+        return _own(session, messages, await db.tool_calls.of(session_id))
     items = [_to_openai(message) for message in messages]
     if format == "jsonl":
         return b"".join(_encoded(item) + b"\n" for item in items)
@@ -78,16 +79,35 @@ def _call(part: ToolCallPart, unknown: dict[str, Any]) -> dict[str, Any]:
     return {"id": part.id, "type": "function", **unknown, "function": function | (inner or {})}
 
 
-def _own(session: Session, messages: list[Message]) -> bytes:
+def _own(session: Session, messages: list[Message], calls: list[ToolCall]) -> bytes:
     """One line for the head, one per message: a change of one message is a change of one line."""
     head = {"format": EXPORT_FORMAT, "version": EXPORT_VERSION, "session": to_json(session)}
-    lines: list[bytes] = []
-    for message in messages:
-        item = to_json(message)
-        for implied in ("session_id", "number"):  # by the place in the file
-            item.pop(implied, None)
-        lines.append(_encoded(item))
-    return _encoded(head)[:-1] + b',"messages":[\n' + b",\n".join(lines) + b"\n]}\n"
+    items = [_without(to_json(message), "session_id", "number") for message in messages]  # known by the place
+    written = _encoded(head)[:-1] + b',"messages":[\n' + b",\n".join(map(_encoded, items))
+    if recorded := _recorded(messages, calls):
+        written += b'\n],"recorded_calls":[\n' + b",\n".join(map(_encoded, recorded))
+    return written + b"\n]}\n"
+
+
+def _recorded(messages: list[Message], calls: list[ToolCall]) -> list[dict[str, Any]]:
+    """The calls that no message asks for; their numbers are places in the file."""
+    asked = {message.number: len(message.tool_calls or ()) for message in messages}
+    numbers = [message.number for message in messages]
+    recorded: list[dict[str, Any]] = []
+    for call in calls:
+        if call.position < asked.get(call.number, 0):
+            continue
+        item = _without(to_json(call), "session_id", "position")
+        item["number"] = bisect_right(numbers, call.number)
+        if call.result_number is not None:  # the result stands in that message
+            item["result_number"] = bisect_right(numbers, call.result_number)
+            item.pop("result", None)
+        recorded.append(item)
+    return recorded
+
+
+def _without(item: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in item.items() if name not in names}
 
 
 def _encoded(value: Any) -> bytes:

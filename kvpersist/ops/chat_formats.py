@@ -33,7 +33,7 @@ from typing import IO, Any, Final, Literal, Self, TypeAlias, TypeVar, cast, get_
 import msgspec
 from msgspec import Struct
 
-from kvpersist.agents.records import ROLES, Message, Session, ToolCallPart
+from kvpersist.agents.records import ROLES, Message, Session, ToolCall, ToolCallPart
 from kvpersist.codec import JSON, RecordCodec, frame, unframe
 from kvpersist.errors import BadOption, CorruptRecord, MalformedRecord
 
@@ -52,6 +52,8 @@ _LINE_SUFFIXES: Final = {".jsonl", ".ndjson"}
 _BOM: Final = b"\xef\xbb\xbf"
 _SESSIONS: Final = RecordCodec(Session, codec="json")
 _MESSAGES: Final = RecordCodec(Message, codec="json")
+_CALLS: Final = RecordCodec(ToolCall, codec="json")
+_CODECS: Final[dict[type, RecordCodec[Any]]] = {Session: _SESSIONS, Message: _MESSAGES, ToolCall: _CALLS}
 _Record = TypeVar("_Record")
 _MESSAGE_KEYS: Final = {"role", "content", "name", "tool_calls", "tool_call_id"}
 
@@ -66,6 +68,7 @@ class Chat(Struct, frozen=True, kw_only=True):
         owner: the user that the file names, None if none.
         session: the other fields of `Session` that the file gives.
         messages: in their order; ids, numbers and owners are not set.
+        recorded: calls that no message asked for; ``number`` is that of the message they follow.
     """
 
     source: str
@@ -74,6 +77,7 @@ class Chat(Struct, frozen=True, kw_only=True):
     owner: str | None
     session: dict[str, Any]
     messages: list[Message]
+    recorded: list[ToolCall] = []
 
 
 class Chats:
@@ -142,9 +146,9 @@ def _chats(name: str, file: IO[bytes], owned: IO[bytes] | None, format: ChatForm
     return _document(name, document, format)
 
 
-def to_json(record: Session | Message) -> _Json:
+def to_json(record: Session | Message | ToolCall) -> _Json:
     """A record as the JSON values of our own export, fields that have their default left out."""
-    codec: RecordCodec[Any] = _SESSIONS if isinstance(record, Session) else _MESSAGES
+    codec: RecordCodec[Any] = _CODECS[type(record)]
     return msgspec.json.decode(unframe("", codec.encode("", record)).payload)
 
 
@@ -291,9 +295,34 @@ def _exported(name: str, record: int, value: _Json) -> Chat:
         if message.user_id == owner:
             message.user_id = None
     session.id, session.user_id = "", None
-    plain = [to_json(session), *(to_json(message) for message in messages)]
+    recorded = _recorded(value.get("recorded_calls", []), len(messages))
+    plain = [to_json(part) for part in (session, *messages, *recorded)]
     fields = {field: getattr(session, field) for field in session.__struct_fields__ if field not in ("id", "user_id")}
-    return Chat(source=name, record=record, digest=_digest(plain), owner=owner, session=fields, messages=messages)
+    return Chat(
+        source=name,
+        record=record,
+        digest=_digest(plain),
+        owner=owner,
+        session=fields,
+        messages=messages,
+        recorded=recorded,
+    )
+
+
+def _recorded(value: Any, messages: int) -> list[ToolCall]:
+    if not isinstance(value, list):
+        raise _Malformed("recorded_calls", f"{_named(value)}, expected a list")
+    calls: list[ToolCall] = []
+    for n, item in enumerate(cast(list[Any], value)):
+        path = f"recorded_calls[{n}]"
+        if not isinstance(item, dict):
+            raise _Malformed(path, f"{_named(item)}, expected an object")
+        call = _decode(_CALLS, {**cast(_Json, item), "session_id": "", "position": 0}, path)
+        least = calls[-1].number if calls else 0
+        if not least <= call.number <= messages:
+            raise _Malformed(f"{path}.number", f"{call.number}, expected {least} to {messages}")
+        calls.append(call)
+    return calls
 
 
 def _decode(codec: RecordCodec[_Record], value: Any, path: str) -> _Record:

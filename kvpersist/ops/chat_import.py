@@ -5,7 +5,7 @@ among equal ones in the file; a message's id from the session's id and the messa
 second import finds what the first one made, in whatever file and form it stands, and an import that
 was killed goes on where it stopped and ends in the same store.
 
-**What is written at once.** A session is created first; its messages follow in batches of at most 128
+**What is written at once.** A session is created first; its messages follow in batches of at most 250
 messages and about 1 MiB, so most conversations go in as one. One that was cut short goes on behind its
 last stored message. Of a conversation that cannot be stored, nothing is left.
 
@@ -26,6 +26,7 @@ from uuid import UUID, uuid5
 import msgspec
 from msgspec import Struct
 
+from kvpersist.agents.items import Begin
 from kvpersist.agents.persistence import Persistence
 from kvpersist.agents.records import Message, new_id
 from kvpersist.errors import BadOption, BadRequest, Conflict, KvError, MalformedRecord, ParentGone, Unencodable
@@ -37,7 +38,8 @@ __all__ = ["ImportReport", "OnError", "chat_session_id", "import_chats", "read_c
 OnError = Literal["stop", "skip"]
 
 _NAMESPACE: Final = UUID("2a9fc4fc-56f9-5304-ba97-628e76a367a9")  # of the ids made here; never changed
-_BATCH_MESSAGES: Final = 128
+_BATCH_MESSAGES: Final = 250
+_MESSAGE_OPS: Final = 8  # of a batch, for one message with a call: roughly
 _BATCH_BYTES: Final = 1 << 20  # of the messages' JSON
 _READ_AHEAD: Final = 32  # conversations
 
@@ -126,6 +128,8 @@ class _Import:
         self._db, self._chats, self._user, self._new, self._stops = db, chats, user, new, stops
         self._progress, self._done = progress, 0
         self._free = asyncio.Semaphore(in_flight)
+        limit = db.store.capabilities.max_batch
+        self._batch = _BATCH_MESSAGES if limit is None else max(1, min(_BATCH_MESSAGES, limit // _MESSAGE_OPS))
         self._failed: list[tuple[int, KvError]] = []
 
     async def all(self) -> None:
@@ -186,8 +190,21 @@ class _Import:
         created = await self._create(chat, session_id, owner)
         before = stored = 0 if created else await self._last(session_id)
         messages = [_placed(message, session_id, number) for number, message in enumerate(chat.messages, 1)]
+        for stop in sorted({call.number for call in chat.recorded} | {len(messages)}):
+            if stop >= stored:
+                stored = await self._append(session_id, messages[:stop], stored)
+                await self._record(session_id, chat, stop)
+        if created:
+            self.report.sessions += 1
+        elif before < len(messages):
+            self.report.completed += 1
+        else:
+            self.report.present += 1
+
+    async def _append(self, session_id: str, messages: list[Message], stored: int) -> int:
+        """Append what is behind the first ``stored`` messages; return how many are stored then."""
         while stored < len(messages):
-            batch = _fitting(messages, stored)
+            batch = _fitting(messages, stored, self._batch)
             try:
                 await self._db.messages.append_many(session_id, batch)
             except Conflict:
@@ -199,12 +216,18 @@ class _Import:
                 continue
             stored += len(batch)
             self.report.messages += len(batch)
-        if created:
-            self.report.sessions += 1
-        elif before < len(messages):
-            self.report.completed += 1
-        else:
-            self.report.present += 1
+        return stored
+
+    async def _record(self, session_id: str, chat: Chat, number: int) -> None:
+        """Add the calls that no message asked for and that follow message ``number``, but those that are there."""
+        calls = [call for call in chat.recorded if call.number == number]
+        if not calls or await self._last(session_id) != number:
+            return
+        there = await self._db.tool_calls.of(session_id, after=max(0, number - 1), before=number + 1)
+        asked = len(chat.messages[number - 1].tool_calls or ()) if number else 0
+        for call in calls[len([call for call in there if call.number == number]) - asked :]:
+            again = msgspec.structs.replace(call, session_id=session_id)
+            await self._db.tool_calls._turns.submit(session_id, Begin(again))
 
     async def _create(self, chat: Chat, session_id: str, owner: str | None) -> bool:
         if await self._db.sessions.get(session_id) is not None:
@@ -227,11 +250,11 @@ def _placed(message: Message, session_id: str, number: int) -> Message:
     return msgspec.structs.replace(message, id=id_)
 
 
-def _fitting(messages: list[Message], start: int) -> list[Message]:
+def _fitting(messages: list[Message], start: int, most: int) -> list[Message]:
     """The next messages that go in as one batch: at least one."""
     size = 0
     batch: list[Message] = []
-    for message in messages[start : start + _BATCH_MESSAGES]:
+    for message in messages[start : start + most]:
         size += _size(message)
         if batch and size > _BATCH_BYTES:
             break

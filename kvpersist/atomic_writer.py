@@ -45,16 +45,6 @@ class _Ops:
         self.claims[key] = slot
 
 
-class _Orphans:
-    """Claims without a living holder, at the version to take them over at, and what makes sure of that."""
-
-    __slots__ = ("claims", "guards")
-
-    def __init__(self) -> None:
-        self.claims: dict[str, bytes] = {}
-        self.guards: dict[str, Op] = {}
-
-
 class AtomicWriter(Writer[R]):
     """One batch per save: all of it happens, or nothing."""
 
@@ -69,7 +59,7 @@ class AtomicWriter(Writer[R]):
     ) -> bytes:
         key = self._records + pk
         stored = old
-        orphans = _Orphans()
+        orphans: dict[str, bytes] = {}  # claims nobody holds any more, and the versions to take them over at
         known = await self._definitions.known()
         for attempt in range(ATTEMPTS):
             if expect is ABSENT:
@@ -84,8 +74,8 @@ class AtomicWriter(Writer[R]):
                 if not known.maintained:
                     return await self._store._commit((known.check, put))
                 ops = _Ops()
-                await self._index_ops(ops, known, pk, seen, record, expires_at, orphans.claims)
-                return await self._store._commit((known.check, put, *ops.by_key.values(), *orphans.guards.values()))
+                await self._index_ops(ops, known, pk, seen, record, expires_at, orphans)
+                return await self._store._commit((known.check, put, *ops.by_key.values()))
             except UniqueConflict:
                 raise
             except Conflict as conflict:
@@ -146,7 +136,10 @@ class AtomicWriter(Writer[R]):
         key = self._records + pk
         await self._definitions.known()
         definition, old = await tx._entries([self._definitions.key, key])
-        known = await self._definitions.known() if definition is None else self._definitions.take(definition)
+        if definition is None:  # everything was removed meanwhile: declare again, and let the transaction fail
+            known = await self._definitions.refresh()
+        else:
+            known = self._definitions.take(definition)
         if expect is not None:
             self._required(key, old, expect)
         if record is None:
@@ -280,25 +273,22 @@ class AtomicWriter(Writer[R]):
                 else:
                     ops.put(key, value, expires_at)
 
-    async def _resolve(self, known: Known, pk: str, conflict: Conflict, orphans: _Orphans) -> None:
-        """Look at a claim that is not free: raise if its holder lives, else let it be taken over."""
-        slot = next((slot for slot in known.maintained if conflict.key.startswith(slot.prefix)), None)
-        if slot is None:  # the record of a claim's holder changed meanwhile: look at all again
-            orphans.claims.clear()
-            orphans.guards.clear()
-            return
-        orphans.claims.pop(conflict.key, None)
+    async def _resolve(self, known: Known, pk: str, conflict: Conflict, orphans: dict[str, bytes]) -> None:
+        """Look at a claim that is not free: raise if its holder lives, else note that it may be taken over.
+
+        A holder that comes back to the value meanwhile has to rewrite the claim, so its version decides.
+        """
+        orphans.pop(conflict.key, None)
+        slot = next(slot for slot in known.maintained if conflict.key.startswith(slot.prefix))
         [claim] = await self._store._entries([conflict.key])
         if claim is None:
             return
         holder = claim.value.decode()
         if holder != pk:
-            key = self._records + holder
-            [held] = await self._store._entries([key])
+            [held] = await self._store._entries([self._records + holder])
             if held is not None and claim.key in slot.stored_keys(self._decoded(held), holder):
                 raise self._taken(slot, claim.key, holder)
-            orphans.guards[key] = Check(key, version_of(held))
-        orphans.claims[claim.key] = claim.version
+        orphans[claim.key] = claim.version
 
     async def _pointing_at(self, known: Known, pk: str) -> _Ops:
         """Find the entries of a record that cannot be read, by looking at all of them."""

@@ -136,12 +136,12 @@ class Definitions:
 
     async def known(self) -> Known:
         """Return the cached definition; the first time, declare what this process brings."""
-        return self._known or await self._declare()
+        return self._known or await self.declare()
 
     async def fresh(self) -> Known:
         """Return a definition read at most `LEASE` seconds ago."""
         if self._known is None:
-            return await self._declare()
+            return await self.declare()
         if self._store.clock() - self._seen_at > LEASE:
             await self.refresh()
         return self._known
@@ -152,10 +152,12 @@ class Definitions:
         Raises:
             SchemaChanged: it holds indexes that this process could not maintain.
         """
+        if self._known is None:
+            return await self.declare()
         at = self._store.clock()
         [entry] = await self._store._entries([self.key])
         if entry is None:  # somebody removed everything below the namespace
-            return await self._declare()
+            return await self.declare()
         return self.take(entry, at)
 
     def take(self, entry: Entry, at: float | None = None) -> Known:
@@ -193,7 +195,8 @@ class Definitions:
             if wanted == found or await self._write(wanted, entry) is not None:
                 return
 
-    async def _declare(self) -> Known:
+    async def declare(self) -> Known:
+        """Read the definition, and add to it what this process declares beyond it."""
         while True:
             at = self._store.clock()
             [entry] = await self._store._entries([self.key])

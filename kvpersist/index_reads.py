@@ -14,7 +14,7 @@ from kvpersist import keys
 from kvpersist.codec import RecordCodec
 from kvpersist.definitions import BytesStore, Definitions, Known, Slot
 from kvpersist.driver import Entry
-from kvpersist.errors import BadCursor, BadRequest, IndexNotReady, NoIndex, Unencodable
+from kvpersist.errors import BadCursor, BadRequest, IndexNotReady, KvError, NoIndex, Unencodable
 from kvpersist.index import BoundIndex, Range
 from kvpersist.index_fields import Part
 from kvpersist.index_writes import Writer, live
@@ -33,7 +33,8 @@ class Query(msgspec.Struct, frozen=True):
     """A range of keys; ``slot`` is None where it is the records themselves.
 
     ``start`` and ``end`` are keys, the end excluded. ``matches`` judges the record where keys alone
-    cannot (long text is cut and hashed). ``tag`` tells this query's cursors from others.
+    cannot (long text is cut and hashed). ``tag`` tells this query's cursors from others. ``version`` is
+    that of the definition it was planned by.
     """
 
     slot: Slot | None
@@ -41,6 +42,7 @@ class Query(msgspec.Struct, frozen=True):
     end: str | None
     matches: Callable[[Any], bool] | None
     tag: bytes
+    version: bytes = b""
 
 
 class Reader(Generic[R]):
@@ -100,7 +102,10 @@ class Reader(Generic[R]):
                             return found, entry.key + "!"
                 elif query.slot is not None and self._ordered_writes and discarded < _DISCARDED:
                     discarded += 1
-                    await self._writer.discard(query.slot, entry)
+                    try:
+                        await self._writer.discard(query.slot, entry)
+                    except KvError:  # the query has its answer; the entry stays stale
+                        discarded = _DISCARDED
             if len(page) < wanted:
                 return found, None
             start = page[-1][0].key + "!"  # no key lies between a key and itself + '!'
@@ -129,8 +134,7 @@ class Reader(Generic[R]):
         """
         if query.slot is None or not query.slot.bound.computed:
             return True
-        before = self._definitions.cached
-        return await self._definitions.refresh() is before
+        return (await self._definitions.refresh()).version == query.version
 
     def cursor(self, query: Query, last: str) -> str:
         """Return the cursor behind the entry ``last``."""
@@ -182,7 +186,7 @@ class Reader(Generic[R]):
         for _, _, bound in candidates:
             slot = known.named.get(bound.name)
             if slot is not None and slot.state == "readable":
-                return _query(slot, where)
+                return msgspec.structs.replace(_query(slot, where), version=known.version)
         raise IndexNotReady(self._definitions.collection, candidates[0][2].name)
 
 

@@ -11,7 +11,7 @@ from kvpersist import keys
 from kvpersist.codec import RecordCodec
 from kvpersist.definitions import BytesStore, Definition, Definitions, Known, Slot, State
 from kvpersist.driver import ABSENT, Check, Delete, Entry, Op, Put
-from kvpersist.errors import BadOption, Conflict, CorruptRecord, KvError, UniqueConflict
+from kvpersist.errors import BadOption, Conflict, CorruptRecord, KvError, SchemaChanged, UniqueConflict
 from kvpersist.index import BoundIndex
 from kvpersist.index_writes import Sleep, Writer, live
 from kvpersist.ordered_writer import OrderedWriter
@@ -101,7 +101,7 @@ class Reindexer(Generic[R]):
 
     async def reindex(self, progress: Callable[[int], None] | None) -> Reindexed:
         """See `Repository.reindex`."""
-        known = await self._definitions.refresh()
+        known = await self._definitions.declare()
         building = [slot for slot in known.named.values() if slot.state == "building"]
         duplicates: list[Duplicate] = []
         records = 0
@@ -164,8 +164,10 @@ class Reindexer(Generic[R]):
                 again = await self._fill_at_once(building, page, duplicates)
             if not again:
                 return
-            await self._definitions.refresh()
-            page = [entry for entry in await self._store._entries(again) if live(entry) is not None if entry]
+            maintained = {slot.slot for slot in (await self._definitions.refresh()).maintained}
+            if any(slot.slot not in maintained for slot in building):
+                raise SchemaChanged(self._definitions.collection, "an index was dropped while it was being built")
+            page = [entry for entry in await self._store._entries(again) if entry is not None and live(entry)]
         raise Conflict(page[0].key if page else self._definitions.key, None)
 
     async def _fill_at_once(

@@ -119,8 +119,9 @@ class Batched:
             waits_for = call.send(None)
         except StopIteration as done:
             return done.value
+        deadline = asyncio.timeout(self._timeout)
         try:
-            async with asyncio.timeout(self._timeout) as deadline:
+            async with deadline:
                 return await _resumed(call, waits_for)
         except TimeoutError as error:
             if not deadline.expired():
@@ -227,7 +228,7 @@ class _Lane(Generic[_Work, _Answer]):
                     raise
                 me.uncancel()
                 _fail(calls, self._lost(f"no answer in {self._timeout:g} s", self._settles))
-            except Exception as error:  # whatever a driver raises belongs to these callers, not to the lane
+            except Exception as error:  # noqa: BLE001  # whatever a driver raises belongs to these callers, not to the lane
                 _fail(calls, error)
             else:
                 for call, answer in zip(calls, answers, strict=True):
@@ -315,7 +316,7 @@ def _resumed(call: Coroutine[Any, Any, _Answer], waits_for: Any) -> Generator[An
     while True:
         try:
             sent = yield waits_for
-        except BaseException as error:  # cancellation too belongs to the coroutine
+        except BaseException as error:  # noqa: BLE001  # cancellation too belongs to the coroutine
             step, argument = call.throw, error
         else:
             step, argument = call.send, sent

@@ -5,22 +5,32 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final, Protocol, cast
 
 from kvpersist import codec, keys
-from kvpersist.driver import ABSENT, Check, Delete, Entry, Expect, Op, Put
+from kvpersist.driver import ABSENT, Capabilities, Check, Delete, Entry, Expect, Op, Put
 from kvpersist.errors import Conflict, Unsupported
 
-if TYPE_CHECKING:
-    from kvpersist.store import Store
-
 __all__ = ["Transaction", "backoff"]
+
+
+class _Store(Protocol):
+    """What a transaction needs of the store it belongs to."""
+
+    capabilities: Capabilities
+    codec: codec.CodecName
+
+    async def _entries(self, keys: Sequence[str]) -> list[Entry | None]: ...
+    async def _commit(self, ops: Sequence[Op]) -> bytes: ...
+    def _key(self, key: str) -> str: ...
+    def _may_write(self, key: str, raw: bool) -> None: ...
+    def _expiry(self, ttl: float | None) -> float | None: ...
 
 
 class Transaction:
     """Buffered writes of one `Store.atomic` block; what is read here is checked at the commit."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: _Store) -> None:
         self.store = store
         self._seen: dict[str, Entry | None] = {}
         self._staged: dict[str, Op] = {}
@@ -82,11 +92,11 @@ class Transaction:
             for key, entry in self._seen.items()
             if key not in self._staged
         ]
-        for op in self._staged.values():
-            # a delete of what was absent before the block, or was made in it, only checks that
-            ops.append(Check(op.key, ABSENT) if type(op) is Delete and cast(Any, op.expect) is ABSENT else op)
-        if not any(type(op) is not Check for op in ops):
-            ops = [op for op in ops if op.key in self._seen]
+        # a delete of what was absent before the block, or was made in it, only checks that
+        ops += [
+            Check(op.key, ABSENT) if type(op) is Delete and cast(Any, op.expect) is ABSENT else op
+            for op in self._staged.values()
+        ]
         if not ops:
             return
         if self.store.capabilities.atomic_batch == "partition" and len({keys.partition(op.key) for op in ops}) > 1:
@@ -107,4 +117,4 @@ def _conditioned(op: Op, expect: Expect | None) -> Op:
 
 async def backoff(attempt: int, *, base: float = 0.002, longest: float = 0.25) -> None:
     """Wait with full jitter before attempt ``attempt + 1``; times in seconds."""
-    await asyncio.sleep(random.uniform(0, min(longest, base * 2**attempt)))  # noqa: S311  # not a secret
+    await asyncio.sleep(random.uniform(0, min(longest, base * 2**attempt)))

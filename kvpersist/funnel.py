@@ -36,7 +36,8 @@ class Built(msgspec.Struct, Generic[S, O], gc=False):
         after: makes the parent's state once the batch is stored under the version it is given.
         results: one answer, or error, per item.
         stands: without atomic batches: how many leading operations make the items stand. A conflict
-            at a later one (the stat) does not undo them. None: all of them.
+            at a later one (the stat) does not undo them. None: all of them; 0: they are written already,
+            and no failure of the operations undoes them.
         amends: items that mend the stat after such a conflict.
         claims: keys that only one item (by position) of the round wants to be free.
     """
@@ -248,9 +249,10 @@ class Funnel(Generic[S, I, O]):
                     attempt += 1
                     calls[:] = self._in_time(calls)
                     continue
-            except BaseException:  # also a cancellation: what is stored now is not known
+            except BaseException as error:  # also a cancellation: what is stored now is not known
                 lane.state = None
-                raise
+                if not (isinstance(error, KvError) and not self._atomic and built is not None and built.stands == 0):
+                    raise
             for call, answer in zip(calls, () if built is None else built.results, strict=True):
                 call.settle(answer)
             return

@@ -117,7 +117,7 @@ class OrderedTurns:
                     continue
                 if type(item) is Kill:
                     return self._kill(part, parent)
-                results.append(await self._other(session_id, part, draft, item))
+                results.append(await self._other(session_id, part, parent, draft, item))
                 amends.append(Recount())
             except UniqueConflict as error:
                 results.append(error)
@@ -132,7 +132,7 @@ class OrderedTurns:
     ) -> Built[Parent, Any]:
         every = self._all
         indexed_at = before = parent.stat.indexed_at
-        ops: list[Op] = [parent.birth]
+        ops: list[Op] = [] if parent.version else [parent.birth]  # where a stat is expected, that says as much
         if before is None or abs(draft.updated_at - before) >= EXACT:
             indexed_at = draft.updated_at
             ops.append(Put(every.updated_key(part, indexed_at), part.encode()))
@@ -143,7 +143,7 @@ class OrderedTurns:
         ops.append(Put(key, every.stats.encode(key, stat), parent.version or ABSENT))
         if before is not None and indexed_at != before:
             ops.append(Delete(every.updated_key(part, before)))
-        return Built(ops, lambda version: Parent(parent.birth, stat, version, {}), results, stands=1, amends=amends[:1])
+        return Built(ops, lambda version: Parent(parent.birth, stat, version, {}), results, stands=0, amends=amends[:1])
 
     def _kill(self, part: str, parent: Parent) -> Built[Parent, Any]:
         every = self._all
@@ -167,11 +167,15 @@ class OrderedTurns:
             item.stored.append(message)
             draft.add(message)
             await self._follow(part, draft, message, write=True)
-        [birth] = await self._store._entries([parent.birth.key])
-        if birth is None or birth.version != parent.birth.expect:
+        if not await self._lives(parent):
             await self._take_back(part, item.stored)
             raise ParentGone("session", session_id)
         return item.messages
+
+    async def _lives(self, parent: Parent) -> bool:
+        """Whether the session was still there after what was written below it; its deleter will see that then."""
+        [birth] = await self._store._entries([parent.birth.key])
+        return birth is not None and birth.version == parent.birth.expect
 
     async def _refuse(
         self, writer: OrderedWriter[Message], part: str, draft: Draft, messages: Sequence[Message]
@@ -240,13 +244,17 @@ class OrderedTurns:
         entry = live(entry)
         return None if entry is None else self._all.tool_calls._codec.decode(entry.key, entry.value)
 
-    async def _other(self, session_id: str, part: str, draft: Draft, item: Any) -> Any:
+    async def _other(self, session_id: str, part: str, parent: Parent, draft: Draft, item: Any) -> Any:
         if type(item) is Edit:
             return await self._edit(part, draft, item)
         if type(item) is RemoveMessage:
             return await self._remove(part, draft, item.number)
         if type(item) is Begin:
-            return await self._begin(part, draft, item.call)
+            call = await self._begin(part, draft, item.call)
+            if not await self._lives(parent):
+                await ordered_writer(self._all.tool_calls).remove(self._all.tool_calls._pk_of(call))
+                raise ParentGone("session", session_id)
+            return call
         if type(item) is End:
             return await self._end(part, draft, item)
         if type(item) is EditSession:

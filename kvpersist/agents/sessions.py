@@ -17,7 +17,6 @@ from kvpersist.agents.records import Session, SessionStat, new_id, utc
 from kvpersist.agents.stat import Parent, Stat
 from kvpersist.agents.turns import Turns, atomic_writer
 from kvpersist.atomic_writer import _Ops as IndexOps
-from kvpersist.atomic_writer import _Orphans as Orphans
 from kvpersist.driver import ABSENT, Check, Op, Put
 from kvpersist.errors import BadRequest, Conflict, KeyTooLong, ParentGone, UniqueConflict
 from kvpersist.index_writes import live
@@ -187,20 +186,19 @@ class Sessions:
     async def _create(self, part: str, session: Session, stat: Stat) -> tuple[Check, bytes]:
         every = self._all
         writer = atomic_writer(every.sessions)
-        orphans = Orphans()
+        orphans: dict[str, bytes] = {}
         known = await every.sessions._definitions.known()
         key, birth_key = every.session_prefix + part, every.birth_prefix + part
         marker = Check(every.deleting_prefix + part, ABSENT)
         for attempt in range(_ATTEMPTS):
             ops = IndexOps()
-            await writer._index_ops(ops, known, part, None, session, None, orphans.claims)
+            await writer._index_ops(ops, known, part, None, session, None, orphans)
             batch: _Ops = [
                 marker,
                 Put(birth_key, _BIRTH, ABSENT),
                 known.check,
                 Put(key, writer._codec.encode(key, session), ABSENT),
                 *ops.by_key.values(),
-                *orphans.guards.values(),
                 *self._beside(part, stat),
             ]
             try:

@@ -36,7 +36,6 @@ from kvpersist.agents.records import Message, Session, ToolCall
 from kvpersist.agents.stat import Draft, Parent, Stat
 from kvpersist.atomic_writer import AtomicWriter
 from kvpersist.atomic_writer import _Ops as IndexOps
-from kvpersist.atomic_writer import _Orphans as Orphans
 from kvpersist.definitions import Known
 from kvpersist.driver import ABSENT, Check, Delete, Entry, Op, Put
 from kvpersist.errors import Conflict, CorruptRecord, KvError, ParentGone, UniqueConflict
@@ -61,7 +60,7 @@ class Turns:
     def __init__(self, collections: Collections) -> None:
         self._all = collections
         self._store = collections.store
-        self._taken_over = Orphans()  # claims whose holder does not live, seen in a conflict
+        self._taken_over: dict[str, bytes] = {}  # claims whose holder does not live, as a conflict showed
         self._funnel: Funnel[Parent, Item, Any] = Funnel(
             self._store, self._load, self._build, lost=self._lost, weigh=weight, what="write to session"
         )
@@ -123,7 +122,7 @@ class Turns:
 class Round:
     """One batch in the making: what several items below one session write together."""
 
-    def __init__(self, collections: Collections, session_id: str, parent: Parent, orphans: Orphans) -> None:
+    def __init__(self, collections: Collections, session_id: str, parent: Parent, orphans: dict[str, bytes]) -> None:
         self._all = collections
         self._store = collections.store
         self._session_id = session_id
@@ -197,10 +196,8 @@ class Round:
         if not self._puts and not self._ops.by_key:
             return Built([], lambda version: parent, self._results)
         ops: list[Op] = [*self._checks.values(), *self._puts, *self._ops.by_key.values()]
-        if self._orphans.claims:
-            ops += [op for key, op in self._orphans.guards.items() if key not in self._checks]
-            self._orphans.claims.clear()
-            self._orphans.guards.clear()
+        for key in self._claims if self._orphans else ():
+            self._orphans.pop(key, None)
         if self._dead:
             return Built(ops, lambda version: cast("Parent", None), self._results, claims=self._claims)
         indexed_at = parent.stat.indexed_at
@@ -243,7 +240,7 @@ class Round:
         every = self._all
         writer, known = await self._using(every.messages)
         encode, prefix, part = writer._codec.encode, every.message_prefix, self._part
-        taken_over = self._orphans.claims
+        taken_over = self._orphans
         number = self._draft.last
         for message in messages:
             number += 1
@@ -295,7 +292,7 @@ class Round:
             return None
         changed = edited(item.fn, writer._codec, entry)
         self._puts.append(Put(entry.key, writer._encoded(entry.key, changed, entry, known), entry.version))
-        await writer._index_ops(self._ops, known, pk, entry, changed, None, self._orphans.claims)
+        await writer._index_ops(self._ops, known, pk, entry, changed, None, self._orphans)
         self._draft.touch(self._all.now())
         return changed
 
@@ -362,7 +359,7 @@ class Round:
         changed = edited_session(item.fn, writer._codec, entry, self._draft, every.now())
         stored = msgspec.structs.replace(changed, updated_at=None)
         self._puts.append(Put(entry.key, writer._encoded(entry.key, stored, entry, known), entry.version))
-        await writer._index_ops(self._ops, known, self._part, entry, stored, None, self._orphans.claims)
+        await writer._index_ops(self._ops, known, self._part, entry, stored, None, self._orphans)
         return changed
 
     async def _kill(self) -> bool:

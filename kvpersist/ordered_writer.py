@@ -117,8 +117,8 @@ class OrderedWriter(Writer[R]):
         """
         known = await self._definitions.fresh()
         record = self._decoded(stored)
-        assert record is not None  # noqa: S101  # an entry decodes to a record, or raises
-        await self._write(
+        assert record is not None  # an entry decodes to a record, or raises
+        version = await self._write(
             known,
             stored.key,
             pk,
@@ -130,6 +130,8 @@ class OrderedWriter(Writer[R]):
             self._store.clock(),
             rebuilt=frozenset(slot.slot for slot in slots),
         )
+        if version is None:
+            raise Conflict(stored.key, stored.version)
 
     async def discard(self, slot: Slot, entry: Entry) -> bool:
         capabilities = self._store.capabilities

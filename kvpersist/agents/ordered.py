@@ -192,6 +192,12 @@ class OrderedTurns:
                     if key in wanted:
                         raise writer._taken(slot, key, wanted[key][1])
                     wanted[key] = slot, pk
+        if self._all.own_call_indexes:
+            slots = (await self._all.tool_calls._definitions.fresh()).maintained
+            for message in messages:
+                for position in range(len(message.tool_calls or ())):
+                    for slot in slots:
+                        slot.keys(asked_call(message, position), f"{part}!{position}")
         claims = [entry for entry in await self._store._entries(list(wanted)) if entry is not None and entry.value]
         holders = await self._store._entries([self._all.message_prefix + entry.value.decode() for entry in claims])
         for claim, holder in zip(claims, holders, strict=True):

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kvpersist_drivers.memory import MemoryDriver
-from kvpersist_drivers.sqlite import SqliteDriver
 
 import kvpersist
 from kvpersist.agents.persistence import Persistence
@@ -18,6 +16,8 @@ from kvpersist.agents.records import ToolCall
 from kvpersist.driver import Batch, Committed, Driver, Entry
 from kvpersist.errors import KvError
 from kvpersist.testing.faults import FaultyDriver
+from kvpersist_drivers.memory import MemoryDriver
+from kvpersist_drivers.sqlite import SqliteDriver
 
 
 class Counting:
@@ -108,7 +108,10 @@ async def _sound(db: Persistence) -> None:
     every = db._all
     repositories: list[Any] = [every.sessions, every.messages, every.tool_calls]
     for repository in repositories:
-        assert [damage for damage in await repository.verify() if "stale" not in str(damage).lower()] == []
+        found = await repository.verify()
+        if db.store.capabilities.atomic_batch == "none":  # there an entry may be stale, never missing
+            found = [damage for damage in found if damage.kind != "stale"]
+        assert found == []
     alive = {session.id async for session in db.sessions.iterate()}
     messages = [message async for message in every.messages.iterate()]
     calls = [call async for call in every.tool_calls.iterate()]

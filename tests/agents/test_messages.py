@@ -207,7 +207,7 @@ async def test_append_each_appends_to_several_sessions(db: Persistence, sound: S
 
     stored = await db.messages.append_each({each: said("a", "b") for each in sessions})
 
-    assert {each: [m.number for m in turn] for each, turn in stored.items()} == dict.fromkeys(sessions, [1, 2])
+    assert {each: [m.number for m in turn] for each, turn in stored.items()} == {each: [1, 2] for each in sessions}
     with pytest.raises(PartlyDone) as failure:
         await db.messages.append_each({sessions[0]: said("c"), "nobody": said("c")})
     assert isinstance(failure.value.failed["nobody"], ParentGone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
@@ -154,7 +155,7 @@ async def test_updated_at_moves_with_every_change_below_the_session(driver: Any)
         await after(db.messages.update(message.id, lambda m: msgspec.structs.replace(m, content="ho")))
         await after(db.messages.delete(message.id))
 
-        assert all(earlier < later for earlier, later in zip(times[:-1], times[1:], strict=True))
+        assert all(earlier < later for earlier, later in itertools.pairwise(times))
         assert times[-1] == datetime.fromtimestamp(clock(), UTC)
         [listed] = await db.sessions.list()
         assert listed.updated_at == times[-1]

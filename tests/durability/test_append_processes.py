@@ -1,0 +1,81 @@
+"""Eight processes append turns to one session of a SQLite file: no gap, no loss, no lock error."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import kvpersist
+
+PROCESSES = 8
+TURNS = 500
+
+WRITER = """
+import asyncio, sys
+import kvpersist
+from kvpersist import Message, ToolCallPart
+
+async def main(path, name, turns):
+    async with kvpersist.open("sqlite:///" + path + "?kv.durability=normal") as db:
+        for n in range(turns):
+            call = f"{name}.{n}"
+            await db.messages.append_many("s", [
+                Message("user", call),
+                Message("assistant", call, tool_calls=[ToolCallPart(call, "t")]),
+                Message("tool", call, tool_call_id=call),
+            ])
+
+asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+"""
+
+
+@pytest.mark.timeout(150)
+async def test_turns_of_eight_processes_are_numbered_without_gap_or_loss(tmp_path: Path) -> None:
+    path = tmp_path / "shared.db"
+    async with kvpersist.open(f"sqlite:///{path}?kv.durability=normal") as db:
+        await db.sessions.create(id="s")
+
+        began = time.monotonic()
+        writers = [
+            subprocess.Popen(
+                [sys.executable, "-c", WRITER, str(path), str(n), str(TURNS)],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(each for each in sys.path if each)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for n in range(PROCESSES)
+        ]
+        errors = await asyncio.gather(*[asyncio.to_thread(writer.communicate) for writer in writers])
+        took = time.monotonic() - began
+
+        assert [writer.returncode for writer in writers] == [0] * PROCESSES, errors[0][1]
+        assert not [error for _, error in errors if error]
+        expected = {f"{process}.{n}" for process in range(PROCESSES) for n in range(TURNS)}
+        numbers: list[int] = []
+        turns: list[tuple[object, ...]] = []
+        async for message in db.messages.iterate("s"):
+            numbers.append(message.number)
+            if message.role == "user":
+                turns.append(())
+            turns[-1] += (message.content,)
+        assert numbers == list(range(1, 3 * PROCESSES * TURNS + 1))
+        assert {turn[0] for turn in turns} == expected
+        assert all(len(turn) == 3 and len(set(turn)) == 1 for turn in turns)  # no turn came between another's
+        each = [[turn for turn in turns if str(turn[0]).startswith(f"{n}.")] for n in range(PROCESSES)]
+        for n, own in enumerate(each):
+            assert [turn[0] for turn in own] == [f"{n}.{k}" for k in range(TURNS)]
+        stat = await db.sessions.stat("s")
+        assert stat is not None
+        assert (stat.last, stat.messages) == (len(numbers), len(numbers))
+        assert stat.roles == dict.fromkeys(("user", "assistant", "tool"), PROCESSES * TURNS)
+        assert stat.tools["t"].completed == PROCESSES * TURNS
+        calls = [call async for call in db._all.tool_calls.iterate()]
+        assert Counter(call.state for call in calls) == {"completed": PROCESSES * TURNS}
+        print(f"{PROCESSES} x {TURNS} turns in {took:.1f} s")

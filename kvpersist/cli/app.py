@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 from typing import Final
 
-from cyclopts import App, Group
+from cyclopts import App, Group, Parameter
 
 import kvpersist
 from kvpersist import errors
@@ -24,9 +24,9 @@ from kvpersist.urls import redact
 
 __all__ = ["app", "exit_code", "run"]
 
-_RECORDS: Final = Group.create_ordered("Conversations")
-_KEYS: Final = Group.create_ordered("Raw keys")
-_SETTINGS: Final = Group.create_ordered("Settings")
+_RECORDS: Final = Group("Conversations", sort_key=1)
+_KEYS: Final = Group("Raw keys", sort_key=2)
+_SETTINGS: Final = Group("Settings", sort_key=3)
 
 app = App(
     name="kvpersist",
@@ -36,6 +36,7 @@ app = App(
         "`kvpersist config --origins` says which."
     ),
     version=kvpersist.__version__,
+    default_parameter=Parameter(negative=""),
     result_action="return_value",
     suppress_keyboard_interrupt=False,
     error_formatter=lambda error: f"{error}\n  --help tells more",
@@ -111,7 +112,9 @@ def _global_last(argv: list[str]) -> list[str]:
     return rest[:1] + moved + rest[1:] if rest and not rest[0].startswith("-") else rest or moved[:0]
 
 
-def _tell(error: Exception) -> None:
+def _tell(error: BaseException) -> None:
+    while type(error) is ImportError and error.__cause__ is not None:  # cyclopts loading a command's module
+        error = error.__cause__
     if isinstance(error, errors.KvError):
         say(f"{error.code} {error}", style="red")
         if hint := _next_step(error):

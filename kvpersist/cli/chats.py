@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from importlib.resources import as_file, files
 from io import BytesIO
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from cyclopts import Parameter
 
 import kvpersist
 from kvpersist.agents.persistence import Persistence
-from kvpersist.agents.records import Message, Session, SessionStat
+from kvpersist.agents.records import Message, Session, SessionStat, TimelineItem
 from kvpersist.cli.options import FOR_PEOPLE, USUAL_STORE, Output, StoreOption
 from kvpersist.cli.render import (
     ago,
@@ -38,7 +38,8 @@ from kvpersist.urls import redact
 
 __all__ = ["demo", "export", "import_", "search", "sessions", "stats", "timeline"]
 
-_DEMO_USER = "demo"
+_DEMO_USER: Final = "demo"
+_PAGE: Final = 500  # messages of a timeline read at once
 
 
 async def demo(*, store: StoreOption = USUAL_STORE) -> int:
@@ -60,7 +61,7 @@ async def import_(
     *paths: Annotated[str, Parameter(name="FILE", allow_leading_hyphen=True)],  # for "-"
     format: ChatFormat = "auto",
     user: str | None = None,
-    new: Annotated[bool, Parameter(negative="")] = False,
+    new: bool = False,
     on_error: Literal["stop", "skip"] = "stop",
     store: StoreOption = USUAL_STORE,
     output: Output = FOR_PEOPLE,
@@ -102,7 +103,7 @@ async def sessions(
     *,
     user: str | None = None,
     limit: Annotated[int, Parameter(name=["--limit", "-n"])] = 20,
-    all: Annotated[bool, Parameter(negative="")] = False,
+    all: bool = False,
     store: StoreOption = USUAL_STORE,
     output: Output = FOR_PEOPLE,
 ) -> int:
@@ -140,7 +141,9 @@ async def sessions(
             )
             for (session, stat), title in zip(found, titles, strict=True)
         ],
+        cut="title",
         right=("messages", "calls", "failed"),
+        spare=("user", "calls", "failed", "messages"),
     )
     return 0
 
@@ -149,7 +152,7 @@ async def timeline(
     session_id: Annotated[str, Parameter(name="ID")],
     /,
     *,
-    full: Annotated[bool, Parameter(negative="")] = False,
+    full: bool = False,
     store: StoreOption = USUAL_STORE,
     output: Output = FOR_PEOPLE,
 ) -> int:
@@ -166,12 +169,10 @@ async def timeline(
             session = await db.sessions.get(session_id)
             if session is None:
                 return _no_session(session_id)
-            items = await db.timeline(session_id)
             if output.json:
-                print_json({"session": session, "items": items})
+                print_json({"session": session, "items": [item async for item in _timeline(db, session_id)]})
             else:
-                for item in items:
-                    print_json(item, compact=True)
+                await print_items(_timeline(db, session_id), output)
             return 0
         return await _show(db, session_id, full=full)
 
@@ -183,6 +184,7 @@ async def search(
     user: str | None = None,
     session: str | None = None,
     limit: Annotated[int, Parameter(name=["--limit", "-n"])] = 20,
+    scan: int = 10_000,
     store: StoreOption = USUAL_STORE,
     output: Output = FOR_PEOPLE,
 ) -> int:
@@ -193,11 +195,12 @@ async def search(
         user: only in sessions of this user.
         session: only in this session.
         limit: at most so many.
+        scan: read at most so many messages, the newest sessions first.
         store: which store.
         output: in which form.
     """
     async with kvpersist.open(store.url) as db:
-        found = await db.messages.search(text, user_id=user, session_id=session, limit=limit)
+        found = await db.messages.search(text, user_id=user, session_id=session, limit=limit, scanned=scan)
     if output.json or output.jsonl:
         for value in found if output.jsonl else [found]:
             print_json(value, compact=output.jsonl)
@@ -208,7 +211,9 @@ async def search(
     print_rows(
         ("session", "number", "role", "text"),
         [(hit.session_id, str(hit.number), hit.role, _around(hit, text)) for hit in found],
+        cut="text",
         right=("number",),
+        spare=("role",),
     )
     return 0
 
@@ -223,9 +228,9 @@ async def stats(*, store: StoreOption = USUAL_STORE, output: Output = FOR_PEOPLE
     rows: list[tuple[str, str]] = [
         ("sessions", f"{counted.sessions:,}"),
         ("messages", f"{counted.messages:,}"),
-        *((f"  {role}", f"{count:,}") for role, count in _most_first(counted.messages_by_role)),
+        *((f"  {one_line(role)}", f"{count:,}") for role, count in _most_first(counted.messages_by_role)),
         ("tool calls", f"{counted.tool_calls:,}"),
-        *((f"  {name}", f"{count:,}") for name, count in _most_first(counted.tool_calls_by_name)),
+        *((f"  {one_line(name)}", f"{count:,}") for name, count in _most_first(counted.tool_calls_by_name)),
         ("tool errors", f"{counted.tool_errors:,}"),
     ]
     width = max(len(name) for name, _ in rows) + 2
@@ -264,10 +269,18 @@ async def _show(db: Persistence, session_id: str, *, full: bool) -> int:
     session = await db.sessions.get(session_id)
     if session is None:
         return _no_session(session_id)
-    items = await db.timeline(session_id)
+    items = [item async for item in _timeline(db, session_id)]
     title = await _title(db, session)
     print_timeline(msgspec.structs.replace(session, title=one_line(title, 100)), items, full=full)
     return 0
+
+
+async def _timeline(db: Persistence, session_id: str) -> AsyncIterator[TimelineItem]:
+    after = 0
+    while page := await db.timeline(session_id, after=after, limit=_PAGE):
+        for item in page:
+            yield item
+        after = page[-1].number
 
 
 def _no_session(session_id: str) -> int:

@@ -62,7 +62,7 @@ async def get(
     key: str,
     /,
     *,
-    as_bytes: Annotated[bool, Parameter(name="--bytes", negative="")] = False,
+    as_bytes: Annotated[bool, Parameter(name="--bytes")] = False,
     store: StoreOption = USUAL_STORE,
     output: Output = FOR_PEOPLE,
 ) -> int:
@@ -97,7 +97,7 @@ async def put(
     *,
     form: Annotated[Literal["text", "json", "bytes"], Parameter(name="--as")] = "text",
     ttl: str | None = None,
-    if_absent: Annotated[bool, Parameter(negative="")] = False,
+    if_absent: bool = False,
     store: StoreOption = USUAL_STORE,
 ) -> int:
     """Store a value under a key.
@@ -133,8 +133,8 @@ async def put(
 async def rm(
     *keys: str,
     prefix: str | None = None,
-    dry_run: Annotated[bool, Parameter(negative="")] = False,
-    yes: Annotated[bool, Parameter(name=["--yes", "-y"], negative="")] = False,
+    dry_run: bool = False,
+    yes: Annotated[bool, Parameter(name=["--yes", "-y"])] = False,
     store: StoreOption = USUAL_STORE,
 ) -> int:
     """Remove keys, or every key with a prefix.

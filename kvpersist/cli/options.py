@@ -26,9 +26,9 @@ class StoreOption:
 class Output:
     """In which form data is printed; without either: for people."""
 
-    json: Annotated[bool, Parameter(group=_FORM, negative="")] = False
+    json: Annotated[bool, Parameter(group=_FORM)] = False
     """Print one JSON document."""
-    jsonl: Annotated[bool, Parameter(group=_FORM, negative="")] = False
+    jsonl: Annotated[bool, Parameter(group=_FORM)] = False
     """Print one JSON value per line, as they come."""
 
 

@@ -19,7 +19,6 @@ from kvpersist.ops.progress import OnProgress, Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.text import Text
 
 __all__ = [
     "Row",
@@ -41,6 +40,8 @@ __all__ = [
 
 Row: TypeAlias = Sequence[str]
 
+_NARROW: Final = 20  # characters of the column that is shortened, before others are left out
+_NARROWEST: Final = 8  # and when there is none left to leave out
 # C0 and C1 control characters but tab and newline, and the marks that reorder text on screen.
 _STEERING: Final = {
     **{code: 0x2400 + code for code in range(0x20) if code not in (0x09, 0x0A)},
@@ -120,42 +121,61 @@ async def print_items(items: AsyncIterable[Any], output: Output) -> None:
     write("[]\n" if separator == "[" else "\n]\n")
 
 
-def print_rows(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, right: Sequence[str] = ()) -> None:
-    """Print a table: with lines and colours on a terminal, plain and never cut in a pipe.
+def print_rows(
+    columns: Sequence[str], rows: Iterable[Row], *, cut: str, right: Sequence[str] = (), spare: Sequence[str] = ()
+) -> None:
+    """Print a table: fitted to a terminal's width, with a rule and colours; plain and whole in a pipe.
 
     Args:
         columns: their names.
         rows: a cell per column.
+        cut: the column that is shortened where a terminal is narrow; the first is what gets copied.
         right: the columns that hold numbers.
+        spare: the columns that are left out, one by one, where a terminal is narrower still.
     """
+    cells = [[name if is_terminal() else name.upper() for name in columns]]
+    cells += [[one_line(cell) for cell in row] for row in rows]
     if is_terminal():
-        _print_table(columns, rows, right)
+        _print_table(columns, cells, cut, right, list(spare))
         return
-    lines = [[name.upper() for name in columns], *([one_line(str(cell)) for cell in row] for row in rows)]
-    widths = [max(len(line[n]) for line in lines) for n in range(len(columns))]
-    for line in lines:
-        cells = [
+    widths = [max(len(row[n]) for row in cells) for n in range(len(columns))]
+    for row in cells:
+        fitted = [
             cell.rjust(width) if name in right else cell.ljust(width)
-            for name, cell, width in zip(columns, line, widths, strict=True)
+            for name, cell, width in zip(columns, row, widths, strict=True)
         ]
-        write("  ".join(cells).rstrip() + "\n")
+        write("  ".join(fitted).rstrip() + "\n")
 
 
-def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], right: Sequence[str]) -> None:
-    from rich import box
-    from rich.table import Table
+def _print_table(
+    columns: Sequence[str], cells: Sequence[Row], cut: str, right: Sequence[str], spare: list[str]
+) -> None:
+    from rich.cells import cell_len, set_cell_size
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for n, name in enumerate(columns):
-        # The first column identifies the row: it is what gets copied, so it is never cut.
-        table.add_column(name, justify="right" if name in right else "left", no_wrap=True, overflow="ellipsis")
-        if n == 0:
-            table.columns[0].overflow = "fold"
-            table.columns[0].style = "cyan"
-    for row in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else Text(one_line(cell)) for cell in row))
-    console().print(table)
+    out = console()
+    widths = {name: max(cell_len(row[n]) for row in cells) for n, name in enumerate(columns)}
+    shown = list(columns)
+    while True:
+        rest = out.width - sum(widths[name] + 2 for name in shown if name != cut)
+        if rest >= min(widths[cut], _NARROW) or not spare:
+            break
+        shown.remove(spare.pop(0))
+    widths[cut] = min(widths[cut], max(rest, _NARROWEST))
+    for line, row in enumerate(cells):
+        text = Text()
+        for name, cell in zip(columns, row, strict=True):
+            if name not in shown:
+                continue
+            width = widths[name]
+            fitted = cell if cell_len(cell) <= width else set_cell_size(cell, width - 1) + "…"
+            space = " " * (width - cell_len(fitted))
+            style = "bold" if line == 0 else "cyan" if name == columns[0] else ""
+            text.append(f"{space}{fitted}" if name in right else f"{fitted}{space}", style).append("  ")
+        text.rstrip()
+        out.print(text, soft_wrap=True)
+        if line == 0:
+            out.print(Text("─" * (sum(widths[name] + 2 for name in shown) - 2), "dim"), soft_wrap=True)
 
 
 @contextmanager

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from cyclopts import Parameter
-
 from kvpersist import config as configuration
 from kvpersist import registry
 from kvpersist.cli.options import FOR_PEOPLE, USUAL_STORE, Output, StoreOption
@@ -24,13 +20,14 @@ def drivers(*, output: Output = FOR_PEOPLE) -> int:
     print_rows(
         ("scheme", "from", "version", "state"),
         [(info.scheme, info.distribution, info.version, info.error or "ready") for info in listed],
+        cut="state",
     )
     return 0
 
 
 def config(
     *,
-    origins: Annotated[bool, Parameter(negative="")] = False,
+    origins: bool = False,
     store: StoreOption = USUAL_STORE,
     output: Output = FOR_PEOPLE,
 ) -> int:
@@ -48,7 +45,9 @@ def config(
             print_json(value, compact=output.jsonl)
     elif origins:
         print_rows(
-            ("used", "from", "store"), [("*" if one.used else "", one.source, one.value or "-") for one in shown]
+            ("used", "from", "store"),
+            [("*" if one.used else "", one.source, one.value or "-") for one in shown],
+            cut="store",
         )
     else:
         write("".join(f"{one.value}\n" for one in shown))

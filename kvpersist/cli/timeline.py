@@ -123,7 +123,7 @@ def _call_lines(call: ToolCall) -> list[_Line]:
     lines = [_Line("call", _call_text(call), duration(took) if took else "")]
     if call.state == "pending":
         return [*lines, _Line("note", "no result")]
-    return [*lines, _Line("error" if call.is_error else "result", content_text(call.result))]
+    return [*lines, _Line("error" if call.is_error else "result", content_text(call.result) or "(empty)")]
 
 
 def _call_text(call: ToolCall) -> str:

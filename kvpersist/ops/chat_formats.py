@@ -417,7 +417,7 @@ def _named(value: Any) -> str:
     if value is None:
         return "null"
     names: dict[type, str] = {bool: "a truth value", int: "a number", float: "a number", str: "a text", list: "a list"}
-    return names.get(cast(type, type(value)), "an object")
+    return names.get(cast(Any, type(value)), "an object")
 
 
 def _digest(value: Any) -> bytes:

@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from typing import Any, Final, Generic, TypeVar
 
+import msgspec
+
 from kvpersist.driver import Batch, Capabilities, Committed, Driver, Entry, Put
 from kvpersist.errors import CommitUnknown, DeadlineExceeded, KvError, StoreClosed
 
@@ -28,7 +30,7 @@ _Answer = TypeVar("_Answer")
 
 
 class Batched:
-    """Wraps the top of a stack of linear layers and is a driver again.
+    """Wraps the top of a stack of linear layers, with a driver's operations.
 
     Promised: a get that is called after a put's await returned sees it; two puts of one key by one
     loop apply in their order; reads never wait for writes. A cancelled caller's operation is dropped
@@ -44,30 +46,24 @@ class Batched:
         self._reads = _Lane("get", self._get_merged, timeout, settles) if coalesce == "both" else None
         self._writes = _Lane("commit", self._commit_merged, timeout, settles) if coalesce != "none" else None
 
-    async def get(self, keys: Sequence[str]) -> list[Entry | None]:
+    def get(self, keys: Sequence[str]) -> Awaitable[list[Entry | None]]:
+        """As `Driver.get`; to be awaited at once. Not a coroutine of its own: this is the hot path."""
         if self._reads is None:
-            return await self._within("get", self.driver.get(keys))
-        return await self._reads.submit(keys, len(keys), 0)
+            return self._within("get", self.driver.get(keys))
+        return self._reads.submit(keys, len(keys), 0)
 
-    async def commit(self, batches: Sequence[Batch]) -> list[Committed | KvError]:
-        """As `Driver.commit`; a lost answer is returned as `CommitUnknown`, never raised."""
-        try:
-            if self._writes is None:
-                return await self._within("commit", self.driver.commit(batches))
-            return await self._submitted(self._writes, batches)
-        except CommitUnknown as lost:
-            return [_unknown(batch, lost.reason, lost.settled) for batch in batches]
-
-    async def _submitted(
-        self, lane: _Lane[Sequence[Batch], list[Committed | KvError]], batches: Sequence[Batch]
-    ) -> list[Committed | KvError]:
+    def commit(self, batches: Sequence[Batch]) -> Awaitable[list[Committed | KvError]]:
+        """As `Driver.commit`; a `CommitUnknown` raised by it names no keys. To be awaited at once."""
+        if self._writes is None:
+            return self._within("commit", self.driver.commit(batches))
         operations = size = 0
         for batch in batches:
-            operations += len(batch.ops)
-            for op in batch.ops:
+            ops = batch.ops
+            operations += len(ops)
+            for op in ops:
                 if type(op) is Put:
                     size += len(op.value)
-        return await lane.submit(batches, operations, size)
+        return self._writes.submit(batches, operations, size)
 
     async def scan(
         self,
@@ -132,13 +128,12 @@ class Batched:
             raise DeadlineExceeded(operation, self._timeout) from error
 
 
-class _Call(Generic[_Work, _Answer]):
-    __slots__ = ("answer", "deadline", "operations", "size", "work")
-
-    def __init__(
-        self, work: _Work, operations: int, size: int, answer: asyncio.Future[_Answer], deadline: float
-    ) -> None:
-        self.work, self.operations, self.size, self.answer, self.deadline = work, operations, size, answer, deadline
+class _Call(msgspec.Struct, Generic[_Work, _Answer], gc=False):
+    work: _Work
+    operations: int
+    size: int  # bytes of the values
+    answer: asyncio.Future[_Answer]
+    deadline: float
 
 
 class _Lane(Generic[_Work, _Answer]):
@@ -159,16 +154,24 @@ class _Lane(Generic[_Work, _Answer]):
         self._flying: list[_Call[_Work, _Answer]] = []
         self._cancelled = False  # the flight was cancelled because all of its calls are overdue
         self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._worker: asyncio.Task[None] | None = None
         self._parked: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    async def submit(self, work: _Work, operations: int, size: int) -> _Answer:
-        loop = asyncio.get_running_loop()
-        deadline = 0.0 if self._timeout is None else loop.time() + self._timeout
+    def submit(self, work: _Work, operations: int, size: int) -> Awaitable[_Answer]:
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
         if len(self._waiting) >= _MAX_WAITING:
-            await self._admitted(deadline)
+            return self._admitted(work, operations, size)
+        return self._enqueued(
+            work, operations, size, 0.0 if self._timeout is None else self._loop.time() + self._timeout
+        )
+
+    def _enqueued(self, work: _Work, operations: int, size: int, deadline: float) -> asyncio.Future[_Answer]:
+        loop = self._loop
+        assert loop is not None
         if self._closed:
             raise StoreClosed("the store was closed: open it again")
         answer: asyncio.Future[_Answer] = loop.create_future()
@@ -180,7 +183,7 @@ class _Lane(Generic[_Work, _Answer]):
             self._worker = loop.create_task(self._serve())
         if self._timer is None and self._timeout is not None:
             self._timer = loop.call_at(deadline, self._tick)
-        return await answer
+        return answer
 
     async def close(self) -> None:
         """Answer what was submitted, within the deadline, then refuse everything."""
@@ -195,15 +198,19 @@ class _Lane(Generic[_Work, _Answer]):
             worker.cancel()
             await asyncio.wait([worker], timeout=_GRACE)
 
-    async def _admitted(self, deadline: float) -> None:
+    async def _admitted(self, work: _Work, operations: int, size: int) -> _Answer:
+        """Wait until the lane has room, within the call's own deadline."""
+        loop = asyncio.get_running_loop()
+        deadline = None if self._timeout is None else loop.time() + self._timeout
         try:
-            async with asyncio.timeout_at(deadline if self._timeout is not None else None):
+            async with asyncio.timeout_at(deadline):
                 while len(self._waiting) >= _MAX_WAITING:
                     if self._room is None:
-                        self._room = asyncio.get_running_loop().create_future()
+                        self._room = loop.create_future()
                     await asyncio.shield(self._room)
         except TimeoutError as error:
             raise DeadlineExceeded(self._operation, self._timeout or 0) from error
+        return await self._enqueued(work, operations, size, deadline or 0.0)
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -304,10 +311,6 @@ def _fail(calls: Sequence[_Call[Any, Any]], error: Exception) -> None:
             own = copy.copy(error)  # an instance each: a traceback grows where an exception is raised
             own.__cause__ = error.__cause__
             call.answer.set_exception(own)
-
-
-def _unknown(batch: Batch, reason: str, settled: bool) -> CommitUnknown:
-    return CommitUnknown(tuple(op.key for op in batch.ops), reason, settled)
 
 
 @types.coroutine

@@ -52,12 +52,26 @@ FORMAT: Final = 1
 _FORMAT_KEY: Final = "kvpersist:format"
 _DECIDE: Final = 0.5  # seconds that looking for a lost write may take
 
+_VERSIONS: Final = 64  # minted at once: one system call for so many
+
 _forks = 0
+_pool: list[bytes] = []
 
 
 def _forked() -> None:
     global _forks
     _forks += 1
+    _pool.clear()  # or parent and child would mint the same
+
+
+def _minted() -> bytes:
+    """Return 8 fresh bytes of the system's randomness."""
+    try:
+        return _pool.pop()  # atomic: stores of other threads mint from it too
+    except IndexError:
+        data = os.urandom(8 * _VERSIONS)
+        _pool.extend(data[at : at + 8] for at in range(8, len(data), 8))
+        return data[:8]
 
 
 if hasattr(os, "register_at_fork"):
@@ -131,25 +145,31 @@ class BytesLevel:
 
     async def _commit(self, ops: Sequence[Op]) -> bytes:
         """Commit one batch and return the version its puts carry."""
-        [outcome] = await self._commit_each((ops,))
-        if isinstance(outcome, KvError):
-            raise outcome
-        return outcome
+        self._check()
+        batch = Batch(tuple(ops), _minted())
+        try:
+            [outcome] = await self._lanes.commit((batch,))
+        except CommitUnknown as lost:
+            outcome = lost
+        if type(outcome) is Committed:
+            return outcome.version
+        decided = await self._decided(batch, cast(KvError, outcome))
+        if isinstance(decided, bytes):
+            return decided
+        raise decided
 
     async def _commit_each(self, batches: Sequence[Sequence[Op]]) -> list[bytes | KvError]:
         """Commit ``n`` independent batches in one call: ``n`` versions or errors in their order."""
         self._check()
-        minted = [Batch(tuple(ops), os.urandom(8)) for ops in batches]
-        outcomes = await self._lanes.commit(minted)
-        answers: list[bytes | KvError] = []
-        for batch, outcome in zip(minted, outcomes, strict=True):
-            if type(outcome) is Committed:
-                answers.append(outcome.version)
-            elif isinstance(outcome, CommitUnknown):
-                answers.append(await self._decided(batch, outcome))
-            else:
-                answers.append(cast(KvError, outcome))
-        return answers
+        minted = [Batch(tuple(ops), _minted()) for ops in batches]
+        try:
+            outcomes = await self._lanes.commit(minted)
+        except CommitUnknown as lost:
+            outcomes = [lost] * len(minted)
+        return [
+            outcome.version if type(outcome) is Committed else await self._decided(batch, cast(KvError, outcome))
+            for batch, outcome in zip(minted, outcomes, strict=True)
+        ]
 
     async def _entries(self, keys: Sequence[str]) -> list[Entry | None]:
         self._check()
@@ -242,8 +262,12 @@ class BytesLevel:
         if asyncio.get_running_loop() is not self._loop:
             raise WrongLoop("the store belongs to another event loop: open one in each loop")
 
-    async def _decided(self, batch: Batch, lost: CommitUnknown) -> bytes | KvError:
-        """Decide a write whose answer was lost by looking for its version."""
+    async def _decided(self, batch: Batch, error: KvError) -> bytes | KvError:
+        """Decide a write whose answer was lost by looking for its version; other errors stay as they are."""
+        if not isinstance(error, CommitUnknown):
+            return error
+        lost = CommitUnknown(tuple(op.key for op in batch.ops), error.reason, error.settled)
+        lost.__cause__ = error.__cause__
         puts = [op.key for op in batch.ops if type(op) is Put]
         expected = {op.key: op.expect for op in batch.ops if type(op.expect) is bytes}
         looked_at = list(dict.fromkeys((*puts, *expected)))

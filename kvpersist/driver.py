@@ -18,7 +18,7 @@ author writes; `kvpersist.testing.DriverContract` proves them. Rules that hold f
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any, ClassVar, Final, Literal, Protocol, TypeAlias, runtime_checkable
@@ -43,6 +43,7 @@ __all__ = [
     "DriverClass",
     "Entry",
     "Expect",
+    "Gets",
     "HasClock",
     "Op",
     "Pings",
@@ -265,7 +266,13 @@ class Pings(Protocol):
         ...
 
 
-async def deref_by_get(driver: Driver, entries: list[Entry], prefix: str) -> list[Entry]:
+class Gets(Protocol):
+    """The reading half of a driver."""
+
+    def get(self, keys: Sequence[str], /) -> Awaitable[list[Entry | None]]: ...
+
+
+async def deref_by_get(driver: Gets, entries: list[Entry], prefix: str) -> list[Entry]:
     """Add the targets to index entries with one get, for a driver without the ``deref`` capability."""
     if not entries:
         return []
@@ -285,5 +292,3 @@ def needs_extra(extra: str, *, module: str) -> Iterator[None]:
         if error.name != module and not (error.name or "").startswith(module + "."):
             raise
         raise MissingExtra(extra, module) from error
-
-

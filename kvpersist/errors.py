@@ -91,8 +91,7 @@ class DeadlineExceeded(Unavailable, TimeoutError):
 
     def __str__(self) -> str:
         return (
-            f"{self.operation} got no answer in {self.seconds:g} s; nothing was changed: "
-            "try again, or raise kv.timeout"
+            f"{self.operation} got no answer in {self.seconds:g} s; nothing was changed: try again, or raise kv.timeout"
         )
 
 

@@ -31,13 +31,17 @@ static void note(const char *log, const char *name, const char *path) {
     syscall(SYS_close, fd);
 }
 
+/* At once, or not at all: the process may end in another thread meanwhile. */
 static void copy(int fd, const char *to) {
-    static char block[1 << 16];
-    int out = open(to, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    char block[1 << 14], partial[4500];
+    snprintf(partial, sizeof partial, "%s.partial", to);
+    int out = open(partial, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
     off_t at = 0;
     ssize_t n;
-    while (out >= 0 && (n = pread(fd, block, sizeof block, at)) > 0) at += syscall(SYS_write, out, block, (size_t)n);
-    if (out >= 0) syscall(SYS_close, out);
+    if (out < 0) return;
+    while ((n = pread(fd, block, sizeof block, at)) > 0) at += syscall(SYS_write, out, block, (size_t)n);
+    syscall(SYS_close, out);
+    syscall(SYS_renameat2, AT_FDCWD, partial, AT_FDCWD, to, 0);
 }
 
 static void forget_unlinked(const char *folder, const char *shadow) {

@@ -16,7 +16,18 @@ from kvpersist.driver import ABSENT, Entry, Expect
 from kvpersist.errors import Conflict, UniqueConflict, Unsupported
 from kvpersist.keys import check_key, unescape
 
-__all__ = ["ATTEMPTS", "TOMBSTONE", "UNREAD", "Sleep", "Writer", "live", "refuse_unkept", "version_of"]
+__all__ = [
+    "ATTEMPTS",
+    "SHORTEST_LIFE",
+    "TOMBSTONE",
+    "UNREAD",
+    "Sleep",
+    "Writer",
+    "live",
+    "refuse_unkept",
+    "too_short",
+    "version_of",
+]
 
 R = TypeVar("R")
 Sleep = Callable[[float], Awaitable[None]]
@@ -29,6 +40,9 @@ UNREAD: Final = Entry("", b"", b"")
 
 ATTEMPTS: Final = 40
 """How often a save that keeps losing to others is tried."""
+
+SHORTEST_LIFE: Final = 60.0
+"""Seconds that an indexed record lives at least where batches are not atomic."""
 
 _FIRST_WAIT: Final = 0.002  # seconds, upper bound of the first wait after a lost race; doubled each time
 _LONGEST_WAIT: Final = 0.25  # seconds
@@ -122,8 +136,17 @@ class Writer(Generic[R]):
         return found
 
 
-def refuse_unkept(store: BytesStore, collection: str, indexes: Sequence[Any]) -> None:
-    """Raise Unsupported where the backend could not keep a unique index."""
+def too_short() -> Unsupported:
+    """Make the error of a life that is shorter than a save may take."""
+    what = f"a ttl under {SHORTEST_LIFE:g} s in a collection with indexes"
+    return Unsupported(what, "it has no atomic batches: give the record more time, or move")
+
+
+def refuse_unkept(store: BytesStore, collection: str, indexes: Sequence[Any], ttl: float | None) -> None:
+    """Raise Unsupported where the backend could not keep what is declared."""
+    ordered = store.capabilities.atomic_batch == "none"
+    if ordered and indexes and ttl is not None and ttl < SHORTEST_LIFE:
+        raise too_short()
     unique = [index.name for index in indexes if index.unique]
     if unique and not store.capabilities.conditional:
         raise Unsupported(

@@ -7,7 +7,7 @@ At every moment, and after a crash at any:
 * what was acknowledged stays.
 
 A save reads all versions first, claims the new unique values, puts the new entries, then the record
-(the commit point), and only then removes what is stale. Four traps, each of which alone breaks it:
+(the commit point), and only then removes what is stale. Five traps, each of which alone breaks it:
 
 * A claim is taken over only after its holder's record was rewritten unchanged (*fenced*), so that a
   save of the holder that is under way cannot commit any more.
@@ -17,6 +17,8 @@ A save reads all versions first, claims the new unique values, puts the new entr
   different things to a save that began before.
 * Entries never expire by themselves: a save that lost could otherwise shorten the life of the
   winner's. What a record's expiry leaves behind is stale, and removed by readers.
+* No record's life is set to less than 60 seconds, longer than a save that began before can last: an
+  expired record's place is "absent" once more.
 """
 
 from __future__ import annotations
@@ -27,14 +29,14 @@ from typing import Final, TypeVar
 from kvpersist.definitions import Known, Slot
 from kvpersist.driver import Delete, Entry, Expect, Op, Put
 from kvpersist.errors import Conflict, CorruptRecord, KvError, UniqueConflict
-from kvpersist.index_writes import ATTEMPTS, TOMBSTONE, UNREAD, Writer, live, version_of
+from kvpersist.index_writes import ATTEMPTS, SHORTEST_LIFE, TOMBSTONE, UNREAD, Writer, live, too_short, version_of
 
 __all__ = ["OrderedWriter"]
 
 R = TypeVar("R")
 
 _WINDOW: Final = 15.0  # seconds from the first read of a save to its last write; then it starts again
-_SETTLED: Final = 60.0  # seconds: longer than any save started before can still commit
+_LEAST: Final = 50.0  # seconds that a record still has to live when its save starts again: twice what a save takes
 _TOMBSTONE_LIFE: Final = 30 * 86_400.0  # seconds
 
 
@@ -51,6 +53,7 @@ class OrderedWriter(Writer[R]):
         old: Entry | None = UNREAD,
     ) -> bytes:
         key = self._records + pk
+        asked = self._store.clock()
         for attempt in range(ATTEMPTS):
             known = await self._definitions.fresh()
             started = self._store.clock()
@@ -60,6 +63,14 @@ class OrderedWriter(Writer[R]):
                 self._required(key, stored, expect)
             seen = None if stored is UNREAD else live(stored)
             data = self._encoded(key, record, seen, known)
+            if known.maintained and old is UNREAD and expires_at is not None:
+                if expires_at <= asked:
+                    await self.remove(pk, expect=expect if isinstance(expect, bytes) else None)
+                    return b""
+                if expires_at - asked < SHORTEST_LIFE:
+                    raise too_short()
+                if expires_at - started < _LEAST:
+                    raise Conflict(key, expect)
             if not known.maintained:
                 wanted = expect if stored is UNREAD else version_of(stored)
                 return await self._store._commit((Put(key, data, wanted, expires_at),))
@@ -141,11 +152,8 @@ class OrderedWriter(Writer[R]):
         key = self._records + holder
         [stored] = await self._store._entries([key])
         held = live(stored)
-        if held is not None:
-            if entry.key in slot.stored_keys(self._decoded(held), holder):
-                return False
-            if not self._lasts(held.expires_at):
-                return False
+        if held is not None and entry.key in slot.stored_keys(self._decoded(held), holder):
+            return False
         try:
             await self._fence(key, stored)
             await self._store._commit((self._erasure(entry),))
@@ -198,7 +206,7 @@ class OrderedWriter(Writer[R]):
         conditional = self._store.capabilities.conditional
         ops.append(Put(key, data, version_of(stored) if conditional else None, expires_at))
         version = await self._store._commit(ops)  # the last operation is the commit point
-        if conditional and (data == TOMBSTONE or self._lasts(expires_at)):
+        if conditional:
             mine = [entry for each in stale if (entry := seen[each]) is not None and entry.value == pk.encode()]
             await self._clean(mine)
         return version
@@ -241,11 +249,7 @@ class OrderedWriter(Writer[R]):
         if self._store.capabilities.conditional_delete:
             return Delete(entry.key, entry.version)
         # a bucket deletes without conditions: leave an entry that names nobody, and let it expire
-        return Put(entry.key, TOMBSTONE, entry.version, self._store.clock() + _SETTLED)
+        return Put(entry.key, TOMBSTONE, entry.version, self._store.clock() + SHORTEST_LIFE)
 
     def _gone(self, old: Entry) -> Op:
         return Delete(old.key, old.version if self._store.capabilities.conditional_delete else None)
-
-    def _lasts(self, expires_at: float | None) -> bool:
-        """Whether the record outlives every save that is under way; only then may its old entries go."""
-        return expires_at is None or expires_at - self._store.clock() > _SETTLED

@@ -90,7 +90,8 @@ class Repository(Generic[R]):
 
         Raises:
             BadOption, BadKey: the declaration does not fit the type.
-            Unsupported: a unique index on a backend without conditional writes.
+            Unsupported: a unique index on a backend without conditional writes, or indexes and a ``ttl``
+                under 60 on one without atomic batches.
         """
         self.store = store
         self.name = keys.check_name(name, "collection")
@@ -101,7 +102,7 @@ class Repository(Generic[R]):
             raise BadOption("indexes", f"{', '.join(names)}: two have one name; give one a name=")
         for each in names:
             keys.index_prefix(self.namespace, self.name, each)
-        refuse_unkept(store, self.name, self.indexes)
+        refuse_unkept(store, self.name, self.indexes, ttl)
         self._type = type
         self._key_parts: tuple[Part, ...] = key_parts(type, key)
         self._key_of_one = self._key_parts[0] if len(self._key_parts) == 1 else None
@@ -169,10 +170,11 @@ class Repository(Generic[R]):
 
         Args:
             expect: the version that must be there, ABSENT, or None for whatever is there.
-            ttl: seconds to live; None: as the repository has it.
+            ttl: seconds to live; None: as the repository has it. With 0 or less the record is removed.
             tx: write at the end of this transaction; the version is then not known yet, and empty.
 
         Raises:
+            Unsupported: a ttl under 60 with indexes on a backend without atomic batches.
             As `insert`; Conflict only with ``expect``, or after losing to others 40 times.
         """
         pk = self._pk_of(record)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from types import coroutine
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import pytest
@@ -20,7 +20,7 @@ import pytest
 from kvpersist import ordered_writer
 from kvpersist.definitions import Slot
 from kvpersist.driver import Capabilities, Check, Delete, Entry, Op, Put
-from kvpersist.errors import CommitUnknown, Conflict, KvError, SchemaChanged, UniqueConflict
+from kvpersist.errors import CommitUnknown, Conflict, KvError, SchemaChanged
 from kvpersist.index import Index
 from kvpersist.index_writes import TOMBSTONE, version_of
 from kvpersist.ordered_writer import OrderedWriter
@@ -28,6 +28,7 @@ from kvpersist.repository import Repository
 
 CHUNKS = 25
 SCHEDULES = 6_000  # per chunk: 150,000 in all
+MORTALS = 10_000  # schedules with records that expire
 REBUILDS = 2_000  # per chunk of schedules during which an index is built: 20,000 in all
 PLANTED = 3_000  # schedules within which a planted bug has to be seen
 CRASH_OR_STALL = 0.04  # per step of a task
@@ -35,6 +36,9 @@ CRASH_OR_STALL = 0.04  # per step of a task
 IDS = ("a", "b")
 EMAILS = ("x", "y")
 USERS = ("u", "v")
+
+
+Task: TypeAlias = Coroutine[Any, Any, Any]
 
 
 class Person(msgspec.Struct, frozen=True):
@@ -77,8 +81,12 @@ class ModelStore:
         found: list[Entry | None] = []
         for key in keys:
             await step()
-            found.append(self.data.get(key))
+            found.append(self.live(key))
         return found
+
+    def live(self, key: str) -> Entry | None:
+        entry = self.data.get(key)
+        return None if entry is None or (entry.expires_at is not None and entry.expires_at <= self.now) else entry
 
     async def _commit(self, ops: Sequence[Op]) -> bytes:
         self.minted += 1
@@ -92,7 +100,7 @@ class ModelStore:
         return version
 
     def _apply(self, op: Op, version: bytes, position: int) -> None:
-        found = self.data.get(op.key)
+        found = self.live(op.key)
         if op.expect is not None and version_of(found) != op.expect:
             raise Conflict(op.key, op.expect, version_of(found), position)
         if isinstance(op, Put):
@@ -123,7 +131,8 @@ class ModelStore:
     ) -> list[Entry]:
         await step()
         low, high = start or "", end or "\U0010ffff"
-        page = [self.data[key] for key in sorted(self.data) if low <= key < high][:limit]
+        inside = (self.live(key) for key in sorted(self.data) if low <= key < high)
+        page = [entry for entry in inside if entry is not None][:limit]
         if deref is None:
             return page
         targets = await self._entries([deref + entry.value.decode() for entry in page])
@@ -133,7 +142,7 @@ class ModelStore:
         ]
 
 
-def finish(task: Coroutine[Any, Any, Any]) -> Any:
+def finish(task: Task) -> Any:
     """Run a coroutine to its end, undisturbed."""
     while True:
         try:
@@ -149,6 +158,8 @@ async def no_wait(seconds: float) -> None:
 class World:
     """One collection, and the promises about it."""
 
+    lives: tuple[float | None, ...] = (None,)  # seconds that records live
+
     def __init__(self, writer: type[OrderedWriter[Person]] = OrderedWriter) -> None:
         self.store = ModelStore()
         self.people = self.repository()
@@ -160,7 +171,7 @@ class World:
         self.start = {key: entry for key, entry in self.store.data.items() if "#def" in key}
         self.decoded: dict[bytes, Person] = {}
         self.changes: dict[str, int] = {}
-        self.values: dict[str, bytes | None] = {}
+        self.values: dict[str, tuple[bytes, float | None] | None] = {}
         self.committed: set[bytes] = set()
         self.store.checker = self.changed
 
@@ -177,7 +188,7 @@ class World:
         self.committed.clear()
 
     def person(self, id: str) -> Person | None:
-        entry = self.store.data.get("m:p:" + id)
+        entry = self.store.live("m:p:" + id)
         if entry is None or entry.value == TOMBSTONE:
             return None
         person = self.decoded.get(entry.value)
@@ -192,7 +203,7 @@ class World:
             entry = data.get(key)
             if entry is not None:
                 self.committed.add(entry.version)
-            value = None if entry is None or entry.value == TOMBSTONE else entry.value
+            value = None if entry is None or entry.value == TOMBSTONE else (entry.value, entry.expires_at)
             if self.values.get(key) != value:
                 self.values[key] = value
                 self.changes[key] = self.changes.get(key, 0) + 1
@@ -211,7 +222,7 @@ class World:
 
     # ---- tasks
 
-    def task(self, rng: random.Random) -> Coroutine[Any, Any, Any]:
+    def task(self, rng: random.Random) -> Task:
         return self.saves(rng) if rng.random() < 0.75 else self.reads(rng)
 
     async def saves(self, rng: random.Random) -> None:
@@ -222,10 +233,8 @@ class World:
                     await self.people.delete(id)
                     continue
                 person = Person(id, rng.choice((*EMAILS, *EMAILS, None)), rng.choice((*USERS, *USERS, None)))
-                version = await self.people.put(person)
-            except UniqueConflict:
-                continue
-            except Conflict:
+                version = await self.people.put(person, ttl=rng.choice(self.lives))
+            except (Conflict, CommitUnknown):
                 continue
             if version not in self.committed:
                 raise Broken(f"acknowledged and not there: {person}")
@@ -241,7 +250,7 @@ class World:
         if len({person.id for person in found}) != len(found):
             raise Broken(f"found twice: {found}")
         for id, (changes, person) in before.items():
-            still = changes == self.changes.get("m:p:" + id, 0)
+            still = changes == self.changes.get("m:p:" + id, 0) and person == self.person(id)
             if still and person is not None and getattr(person, field) == value and person not in found:
                 raise Broken(f"asked for {asked}, missed {person}")
 
@@ -256,7 +265,7 @@ class World:
                 email = None if id == "b" and self.person("a") else rng.choice(EMAILS)
                 finish(self.people.put(Person(id, email, rng.choice(USERS))))
         tasks = [self.task(rng) for _ in range(rng.choice((2, 3, 3, 4)))]
-        stalled: list[Coroutine[Any, Any, Any]] = []
+        stalled: list[Task] = []
         chance = rng.random
         while tasks or stalled:
             if not tasks:
@@ -279,6 +288,35 @@ class World:
                 raise
         self.settled()
 
+    def interleave(self, rng: random.Random, tasks: list[Task], builder: Task | None = None) -> None:
+        """Run tasks in any order by a clock that moves; ``builder`` may stall, but does not die."""
+        away: list[tuple[float, Task]] = []  # asleep or stalled, until when
+        while tasks or away:
+            if not tasks:
+                self.store.now = max(self.store.now, min(until for until, _ in away))
+            tasks += [task for until, task in away if until <= self.store.now]
+            away = [each for each in away if each[0] > self.store.now]
+            at = int(rng.random() * len(tasks))
+            if rng.random() < CRASH_OR_STALL:
+                victim = tasks.pop(at)
+                if victim is not builder and rng.random() < 0.3:
+                    victim.close()
+                else:
+                    away.append((self.store.now + rng.choice((2.0, 9.0, 30.0, 70.0)), victim))
+                continue
+            self.store.now += rng.choice((0.0, 0.1, 0.2))
+            try:
+                until = tasks[at].send(None)
+            except StopIteration:
+                tasks.pop(at)
+            except BaseException:
+                for task in (*tasks, *(task for _, task in away)):
+                    task.close()
+                raise
+            else:
+                if until is not None:
+                    away.append((until, tasks.pop(at)))
+
     def settled(self) -> None:
         """Ask the indexes for everything, undisturbed."""
         for field, values in (("email", EMAILS), ("user", USERS)):
@@ -286,6 +324,24 @@ class World:
                 expected = [p for id in IDS if (p := self.person(id)) is not None and getattr(p, field) == value]
                 if (found := finish(self.people.find(**{field: value}))) != expected:
                     raise Broken(f"{field}={value}: found {found}, there are {expected}")
+
+
+class Mortal(World):
+    """Records that expire while others are being saved."""
+
+    lives = (None, 61.0, 62.0, 80.0)
+
+    def run(self, seed: int) -> None:
+        rng = random.Random(seed)
+        self.reset()
+        self.store.now = 0.0
+        self.people._definitions._seen_at = 0.0
+        for id in IDS:
+            if rng.random() < 0.5:
+                email = None if id == "b" and self.person("a") else rng.choice(EMAILS)
+                finish(self.people.put(Person(id, email, rng.choice(USERS)), ttl=rng.choice(self.lives)))
+        self.interleave(rng, [self.task(rng) for _ in range(rng.choice((2, 3, 3, 4)))])
+        self.settled()
 
 
 # ---- bugs that the model has to see, each planted in one seam of the real code
@@ -471,35 +527,10 @@ class Rebuild(World):
         for id in IDS:
             finish(self.old.put(Person(id, {"a": "x", "b": "y"}[id], rng.choice(USERS))))
         builder = self.rebuilds(rng)
-        tasks: list[Coroutine[Any, Any, Any]] = [builder]
+        tasks: list[Task] = [builder]
         tasks += [self.writes(rng, self.old) for _ in range(rng.choice((1, 2)))]
         tasks += [self.writes(rng, self.people) for _ in range(rng.choice((0, 1)))]
-        away: list[tuple[float, Coroutine[Any, Any, Any]]] = []  # asleep or stalled, until when
-        while tasks or away:
-            if not tasks:
-                self.store.now = max(self.store.now, min(until for until, _ in away))
-            tasks += [task for until, task in away if until <= self.store.now]
-            away = [each for each in away if each[0] > self.store.now]
-            at = int(rng.random() * len(tasks))
-            if rng.random() < CRASH_OR_STALL:
-                victim = tasks.pop(at)
-                if victim is not builder and rng.random() < 0.3:
-                    victim.close()
-                else:
-                    away.append((self.store.now + rng.choice((2.0, 9.0, 30.0, 70.0)), victim))
-                continue
-            self.store.now += rng.choice((0.0, 0.1, 0.2))
-            try:
-                until = tasks[at].send(None)
-            except StopIteration:
-                tasks.pop(at)
-            except BaseException:
-                for task in (*tasks, *(task for _, task in away)):
-                    task.close()
-                raise
-            else:
-                if until is not None:
-                    away.append((until, tasks.pop(at)))
+        self.interleave(rng, tasks, builder)
         if self.readable:
             self.settled()
 
@@ -576,3 +607,32 @@ def test_the_model_sees_an_old_writer_that_takes_too_long(added: str, monkeypatc
     monkeypatch.setattr(ordered_writer, "_WINDOW", float("inf"))
 
     assert caught_at(Rebuild(added), PLANTED) is not None
+
+
+def test_records_that_expire_between_saves_break_no_promise() -> None:
+    world = Mortal()
+    for seed in range(MORTALS):
+        try:
+            world.run(seed)
+        except BaseException:
+            print(f"schedule {seed}: Mortal().run({seed})")
+            raise
+
+
+def test_a_life_shorter_than_a_save_would_break_a_promise_and_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def schedule() -> None:
+        world = World()
+        slow = world.people.put(Person("b", "x"))
+        while "m:p#email:x" not in world.store.data:
+            slow.send(None)
+        finish(world.people.put(Person("a", "x")))  # fences b, takes its claim
+        finish(world.people.put(Person("b"), ttl=2.0))
+        world.store.now = 3.0  # the place of b is as absent as when the slow save began
+        finish(slow)
+
+    with pytest.raises(Unsupported, match="ttl under 60 s"):
+        schedule()
+    monkeypatch.setattr(ordered_writer, "SHORTEST_LIFE", 0.0)
+    monkeypatch.setattr(ordered_writer, "_LEAST", 0.0)
+    with pytest.raises(Broken, match="duplicate unique"):
+        schedule()

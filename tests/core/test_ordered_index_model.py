@@ -20,7 +20,7 @@ import pytest
 from kvpersist import ordered_writer
 from kvpersist.definitions import Slot
 from kvpersist.driver import Capabilities, Check, Delete, Entry, Op, Put
-from kvpersist.errors import CommitUnknown, Conflict, KvError, SchemaChanged
+from kvpersist.errors import CommitUnknown, Conflict, KvError, SchemaChanged, Unsupported
 from kvpersist.index import Index
 from kvpersist.index_writes import TOMBSTONE, version_of
 from kvpersist.ordered_writer import OrderedWriter
@@ -622,6 +622,7 @@ def test_records_that_expire_between_saves_break_no_promise() -> None:
 def test_a_life_shorter_than_a_save_would_break_a_promise_and_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def schedule() -> None:
         world = World()
+        world.reset()
         slow = world.people.put(Person("b", "x"))
         while "m:p#email:x" not in world.store.data:
             slow.send(None)

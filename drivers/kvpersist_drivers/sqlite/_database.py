@@ -3,8 +3,7 @@
 SQLite before 3.51.3 can corrupt a database in WAL mode when one connection's commit resets the WAL
 during another one's checkpoint. There, every write transaction, every checkpoint and every close of
 a connection (the last one checkpoints) happens under one lock of our own, the file ``<path>-lock``,
-and no commit checkpoints by itself. The lock file is never deleted: a lock on a deleted file
-excludes nobody.
+and no commit checkpoints by itself.
 
 The database, ``-wal`` and ``-shm`` files are never opened but by SQLite: closing a second
 descriptor of a file drops every POSIX lock this process holds on it.
@@ -17,14 +16,14 @@ import random
 import sqlite3
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Final, Protocol
+from typing import Final
 from urllib.parse import quote
 
 from kvpersist.errors import BadRequest, Busy, FormatMismatch, ReadOnly, StoreClosed, Unsupported
 from kvpersist_drivers.sqlite._errors import code_of, of_file, translated
+from kvpersist_drivers.sqlite._lock import Lock, new_lock
 from kvpersist_drivers.sqlite._statements import APPLICATION_ID, FORMAT, Statements
 
 __all__ = ["Database"]
@@ -57,7 +56,7 @@ class Database:
         self._synchronous = synchronous
         self._busy_timeout = busy_timeout
         self._sql = sql
-        self._lock: _Lock | None = None
+        self._lock: Lock | None = None
         self._mutex = threading.Lock()
         self._connections: list[sqlite3.Connection] = []
 
@@ -218,7 +217,7 @@ class Database:
             if not os.access(place, os.W_OK):
                 raise ReadOnly(f"{place} cannot be written: change its permissions, or open the store with mode=ro")
         if self._lock is None and (sqlite3.sqlite_version_info < _SOUND_SINCE or os.path.exists(self.path + "-lock")):
-            self._lock = _lock(self.path + "-lock")
+            self._lock = new_lock(self.path + "-lock")
 
     def _look(self) -> None:
         """Refuse what is not ours before anything is made beside it: immutable leaves no trace."""
@@ -327,88 +326,3 @@ def _sync_folder(folder: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-class _Lock(Protocol):
-    """Excludes every other holder, in this process and in others; gone with the process that holds it."""
-
-    def acquire(self, timeout: float) -> bool: ...
-    def release(self) -> None: ...
-    def close(self) -> None: ...
-
-
-class _FileLock:
-    def __init__(self, path: str) -> None:
-        import fcntl  # not on Windows
-
-        self._flock, self._exclusive, self._none = fcntl.flock, fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_UN
-        self._descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
-        _file_locks.add(self)
-
-    def acquire(self, timeout: float) -> bool:
-        deadline: float | None = None
-        pause = 0.0002
-        while True:
-            try:
-                self._flock(self._descriptor, self._exclusive)
-                return True
-            except BlockingIOError:
-                now = time.monotonic()
-                deadline = deadline or now + timeout
-                if now >= deadline:
-                    return False
-            time.sleep(random.uniform(0, pause))
-            pause = min(pause * 2, 0.01)
-
-    def release(self) -> None:
-        self._flock(self._descriptor, self._none)
-
-    def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-
-class _DatabaseLock:
-    """The same by a second SQLite database, where there is no ``fcntl``. Untested on Windows itself."""
-
-    def __init__(self, path: str) -> None:
-        self._connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-
-    def acquire(self, timeout: float) -> bool:
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                self._connection.execute("BEGIN EXCLUSIVE")
-                return True
-            except sqlite3.OperationalError as error:
-                if code_of(error) != sqlite3.SQLITE_BUSY:
-                    raise
-                if time.monotonic() >= deadline:
-                    return False
-            time.sleep(random.uniform(0, 0.005))
-
-    def release(self) -> None:
-        self._connection.execute("ROLLBACK")
-
-    def close(self) -> None:
-        self._connection.close()
-
-
-def _lock(path: str) -> _Lock:
-    try:
-        return _FileLock(path)
-    except ModuleNotFoundError:
-        return _DatabaseLock(path)
-
-
-_file_locks: Final[weakref.WeakSet[_FileLock]] = weakref.WeakSet()
-
-
-def _forked() -> None:
-    for lock in list(_file_locks):  # a descriptor that the child kept would keep a dead parent's lock
-        lock.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)

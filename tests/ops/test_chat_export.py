@@ -17,14 +17,16 @@ from kvpersist.agents.records import Message, Session, ToolCall, ToolCallPart
 from kvpersist.errors import BadOption
 from kvpersist.ops.chat_export import export_session
 from kvpersist.ops.chat_import import import_chats
+from kvpersist.testing.faults import FaultyDriver
+from kvpersist_drivers.memory import MemoryDriver
 
 AT = datetime(2026, 3, 4, 5, 6, 7, 8, UTC)
 OWN = ("id", "session_id", "user_id")  # what another owner's copy may differ in
 
 
-@pytest.fixture
-async def db() -> AsyncIterator[Persistence]:
-    async with kvpersist.open("memory://") as opened:
+@pytest.fixture(params=[(), ("atomic_batch", "reverse", "deref")], ids=["atomic", "ordered"])
+async def db(request: pytest.FixtureRequest) -> AsyncIterator[Persistence]:
+    async with kvpersist.open(FaultyDriver(MemoryDriver(), without=request.param)) as opened:
         yield opened
 
 

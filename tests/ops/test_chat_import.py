@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 from collections.abc import AsyncIterator
@@ -10,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import kvpersist
@@ -19,6 +21,8 @@ from kvpersist.errors import BadOption, MalformedRecord, Unavailable
 from kvpersist.ops.chat_formats import Chat, ChatFormat, read_chats
 from kvpersist.ops.chat_import import import_chats
 from kvpersist.ops.progress import Progress
+from kvpersist.testing.faults import Crashed, FaultyDriver
+from kvpersist_drivers.memory import MemoryDriver
 
 CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"at":  "x"}'}}
 TALK: list[dict[str, Any]] = [
@@ -31,10 +35,14 @@ TALK: list[dict[str, Any]] = [
 OTHER: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
-@pytest.fixture
-async def db() -> AsyncIterator[Persistence]:
-    async with kvpersist.open("memory://") as opened:
+@pytest.fixture(params=["atomic", "ordered"])
+async def db(request: pytest.FixtureRequest) -> AsyncIterator[Persistence]:
+    async with kvpersist.open(faulty(MemoryDriver(), request.param)) as opened:
         yield opened
+
+
+def faulty(driver: MemoryDriver, kind: str) -> FaultyDriver:
+    return FaultyDriver(driver, without={"atomic_batch", "reverse", "deref"} if kind == "ordered" else ())
 
 
 def text(value: Any) -> bytes:
@@ -416,6 +424,55 @@ async def test_what_the_store_cannot_keep_is_malformed_and_leaves_nothing() -> N
 
 def long_talk(count: int) -> list[dict[str, Any]]:
     return [{"role": "user", "content": f"{n}"} for n in range(count)]
+
+
+TIMES = {"created_at", "updated_at", "completed_at"}
+
+
+def timeless(record: Any) -> dict[str, Any]:
+    return {name: value for name, value in msgspec.structs.asdict(record).items() if name not in TIMES}
+
+
+async def everything(db: Persistence) -> Any:
+    sessions = {session.id: timeless(session) async for session in db.sessions.iterate()}
+    below = {
+        id_: (
+            [timeless(message) async for message in db.messages.iterate(id_)],
+            [timeless(call) for call in await db.tool_calls.of(id_)],
+            timeless(await db.sessions.stat(id_)),
+        )
+        for id_ in sessions
+    }
+    return sessions, below
+
+
+async def damage(db: Persistence) -> list[Any]:
+    """Index entries that do not fit their records; without atomic batches one may be left over, never missing."""
+    found = [one for part in (db._all.sessions, db._all.messages, db._all.tool_calls) for one in await part.verify()]
+    return [one for one in found if db.store.capabilities.atomic_batch != "none" or one.kind != "stale"]
+
+
+@pytest.mark.parametrize("kind", ["atomic", "ordered"])
+async def test_an_import_that_died_at_any_step_ends_in_the_same_store(kind: str) -> None:
+    data = text([{"messages": TALK}, {"messages": OTHER}, {"messages": TALK}])
+    async with kvpersist.open("memory://") as whole:
+        await import_chats(whole, stream(data), user="ada")
+        expected = await everything(whole)
+    for step in range(1, 1000):
+        memory = MemoryDriver()
+        dying = faulty(memory, kind)
+        dying.crash(step)
+        with contextlib.suppress(Crashed):
+            async with kvpersist.open(dying, sweep=None) as db:
+                await import_chats(db, stream(data), user="ada", in_flight=2)
+        async with kvpersist.open(faulty(memory, kind), sweep=None) as db:
+            await import_chats(db, stream(data), user="ada")
+            assert await everything(db) == expected, step
+            assert await damage(db) == [], step
+        if not dying.crashed:
+            break
+
+    assert step > (10 if kind == "atomic" else 50)  # else nothing was tried
 
 
 @pytest.mark.parametrize("count", [0, 1, 249, 250, 251, 1000])

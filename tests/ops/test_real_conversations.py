@@ -209,5 +209,7 @@ async def test_an_import_killed_several_times_ends_in_the_store_of_one_that_was_
     async with kvpersist.open(url, session_indexes=[REWARD]) as killed:
         assert await everything(killed) == await everything(db)
         assert await killed.stats() == await db.stats()
+        for part in (killed._all.sessions, killed._all.messages, killed._all.tool_calls):
+            assert await part.verify() == []
         assert len(await killed.sessions.find(**{"metadata.reward": 0.0}, limit=1000)) == 116
         assert len(await killed.tool_calls.find(is_error=True, limit=1000)) == 73

@@ -288,18 +288,26 @@ CREATE TABLE IF NOT EXISTS sessions (id TEXT PRIMARY KEY, user_id TEXT, created_
                                      updated_at INTEGER NOT NULL, last INTEGER NOT NULL DEFAULT 0,
                                      calls INTEGER NOT NULL DEFAULT 0, data BLOB NOT NULL);
 CREATE INDEX IF NOT EXISTS sessions_by_user ON sessions (user_id, created_at DESC);
+CREATE INDEX IF NOT EXISTS sessions_by_time ON sessions (created_at DESC);
 CREATE INDEX IF NOT EXISTS sessions_by_update ON sessions (updated_at DESC);
 CREATE TABLE IF NOT EXISTS messages (session_id TEXT NOT NULL, number INTEGER NOT NULL, id TEXT NOT NULL UNIQUE,
                                      data BLOB NOT NULL, PRIMARY KEY (session_id, number));
 CREATE TABLE IF NOT EXISTS tool_calls (session_id TEXT NOT NULL, number INTEGER NOT NULL, position INTEGER NOT NULL,
+                                       name TEXT NOT NULL, state TEXT NOT NULL, is_error INTEGER, created_at INTEGER,
                                        data BLOB NOT NULL, PRIMARY KEY (session_id, number, position));
+CREATE INDEX IF NOT EXISTS calls_by_name ON tool_calls (name, created_at DESC);
+CREATE INDEX IF NOT EXISTS calls_by_state ON tool_calls (state, created_at DESC);
+CREATE INDEX IF NOT EXISTS calls_by_error ON tool_calls (is_error, created_at DESC) WHERE is_error IS NOT NULL;
 """
 _ADVANCE = (
     "UPDATE sessions SET last = last + ?, calls = calls + ?, updated_at = max(updated_at, ?) WHERE id = ?"
     " RETURNING last"
 )
 _MESSAGE = "INSERT INTO messages (session_id, number, id, data) VALUES (?, ?, ?, ?)"
-_CALL = "INSERT INTO tool_calls (session_id, number, position, data) VALUES (?, ?, ?, ?)"
+_CALL = (
+    "INSERT INTO tool_calls (session_id, number, position, name, state, is_error, created_at, data)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+)
 _OPEN = "INSERT INTO sessions (id, user_id, created_at, updated_at, data) VALUES (?, ?, ?, ?, ?)"
 
 
@@ -318,6 +326,7 @@ class RawMessage(msgspec.Struct, kw_only=True, omit_defaults=True):
     content: str | None = None
     id: str = ""
     tool_calls: list[RawPart] | None = None
+    tool_call_id: str | None = None
     created_at: datetime | None = None
 
 
@@ -328,6 +337,8 @@ class RawCall(msgspec.Struct, kw_only=True, omit_defaults=True):
     name: str
     arguments: dict[str, Any]
     state: str = "pending"
+    is_error: bool | None = None
+    answered_by: int | None = None  # offset of the answering message in the turn
     created_at: datetime | None = None
 
 
@@ -335,7 +346,7 @@ class _Turn(NamedTuple):
     session_id: str
     updated_at: int  # microseconds since 1970
     messages: list[tuple[str, bytes]]
-    calls: list[tuple[int, int, bytes]]  # offset of the message, position, data
+    calls: list[tuple[int, int, RawCall, bytes]]  # offset of the message, position, call, its data
 
 
 def _turn(connection: sqlite3.Connection, turn: _Turn) -> int:
@@ -347,8 +358,9 @@ def _turn(connection: sqlite3.Connection, turn: _Turn) -> int:
     first = row[0] - len(messages) + 1
     for number, (id_, data) in enumerate(messages, first):
         execute(_MESSAGE, (session_id, number, id_, data))
-    for offset, position, data in calls:
-        execute(_CALL, (session_id, first + offset, position, data))
+    for offset, position, call, data in calls:
+        place = (session_id, first + offset, position)
+        execute(_CALL, (*place, call.name, call.state, call.is_error, turn.updated_at, data))
     return first
 
 
@@ -374,15 +386,19 @@ class RawTurns:
         encode = self._encode
         now = datetime.now(UTC)
         rows: list[tuple[str, bytes]] = []
-        calls: list[tuple[int, int, bytes]] = []
+        waiting: dict[str, RawCall] = {}
+        calls: list[tuple[int, int, RawCall]] = []
         for offset, message in enumerate(messages):
             message.id = str(uuid7())
             message.created_at = now
             rows.append((message.id, encode(message)))
             for position, part in enumerate(message.tool_calls or ()):
                 call = RawCall(call_id=part.id, name=part.name, arguments=part.arguments, created_at=now)
-                calls.append((offset, position, encode(call)))
-        turn = _Turn(session_id, int(now.timestamp() * 1_000_000), rows, calls)
+                waiting[part.id] = call
+                calls.append((offset, position, call))
+            if message.tool_call_id is not None and (asked := waiting.pop(message.tool_call_id, None)) is not None:
+                asked.state, asked.is_error, asked.answered_by = "completed", False, offset
+        turn = _Turn(session_id, int(now.timestamp() * 1_000_000), rows, [(*call, encode(call[2])) for call in calls])
         return await self.thread.write(_turn, turn)
 
     async def close(self) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 
 import msgspec
 from floors import RawDirect, RawItems, RawMessage, RawPart, RawRecords, RawSessions, RawTurns
-from kvpersist.agents.records import Message, ToolCallPart
-from kvpersist_drivers.sqlite import SqliteDriver
 from measure import Line, Plan, Side, each, over
 
 import kvpersist
+from kvpersist.agents.records import Message, ToolCallPart
+from kvpersist_drivers.sqlite import SqliteDriver
 
 __all__ = ["ROWS"]
 
@@ -106,7 +106,7 @@ async def _records(folder: str, stored: int, **options: Any) -> AsyncIterator[_R
 
 @asynccontextmanager
 async def _s1(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
-    count = int(1000 * plan.scale)
+    count = int(400 * plan.scale)
     async with _records(folder, int(20_000 * plan.load)) as both:
         sides = {
             "kvpersist": _side(_notes(count), both.notes.put, count),
@@ -117,7 +117,7 @@ async def _s1(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
 
 @asynccontextmanager
 async def _s2(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
-    count = int(1500 * plan.scale)
+    count = int(600 * plan.scale)
     stored = int(20_000 * plan.load)
     inline_folder = _below(folder, "inline")
     async with _records(folder, stored) as both, _records(inline_folder, stored, reads="inline") as inline:
@@ -139,7 +139,7 @@ async def _s2(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
 
 @asynccontextmanager
 async def _s3(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
-    count = TASKS * int(50 * plan.scale)
+    count = TASKS * int(25 * plan.scale)
     async with _records(folder, int(20_000 * plan.load)) as both:
         put = {
             "kvpersist": _side(_notes(count), both.notes.put, count, TASKS),
@@ -154,7 +154,7 @@ async def _s3(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
 
 @asynccontextmanager
 async def _s4(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
-    calls = int(30 * plan.scale)
+    calls = int(15 * plan.scale)
     count = calls * 100
 
     def notes() -> list[list[Note]]:
@@ -200,9 +200,9 @@ def _parents(names: Sequence[str], count: int) -> Callable[[], list[tuple[str, N
 
 @asynccontextmanager
 async def _s5(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
-    count = int(1000 * plan.scale)
-    many = TASKS * int(40 * plan.scale)
-    brief = int(300 * plan.scale)
+    count = int(400 * plan.scale)
+    many = TASKS * int(15 * plan.scale)
+    brief = int(200 * plan.scale)
     copies = 4 if plan.load >= 1 else 1
     short, long = [f"short-{n}" for n in range(copies)], [f"long-{n}" for n in range(copies)]
     lengths = dict.fromkeys(short, 1_000) | dict.fromkeys(long, 20_000)
@@ -243,7 +243,7 @@ def _growth(took: dict[str, float]) -> float:
 
 @asynccontextmanager
 async def _s6(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
-    count = int(250 * plan.scale)
+    count = int(150 * plan.scale)
     async with _logs(folder, {"short": 1_000, "long": 20_000}) as (log, raw):
 
         def sides(parent: str, suffix: str = "") -> dict[str, Side]:
@@ -264,7 +264,7 @@ async def _s6(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
 
 @asynccontextmanager
 async def _s7(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
-    count = int(120 * plan.scale)
+    count = int(60 * plan.scale)
     users = max(10, int(200 * plan.load))
     total = 500 * users
     async with kvpersist.open_store(await _driver(folder, "ours.db", durability="normal")) as store:
@@ -319,11 +319,14 @@ def _cycle(names: Sequence[str], count: int) -> Iterator[str]:
 
 
 def _turns(sessions: Sequence[str], count: int) -> list[tuple[str, list[Message]]]:
+    """Turns of two messages and one call: the assistant asks for it, the tool answers."""
+
     def turn() -> list[Message]:
-        part = ToolCallPart(f"call-{next(_numbers)}", "search", {"query": _text(5), "limit": 10})
+        id_ = f"call-{next(_numbers)}"
+        part = ToolCallPart(id_, "search", {"query": _text(5), "limit": 10})
         return [
-            Message(role="user", content=_text(30)),
             Message(role="assistant", content=_text(30), tool_calls=[part]),
+            Message(role="tool", content=_text(30), tool_call_id=id_),
         ]
 
     return [(id_, turn()) for id_ in _cycle(sessions, count)]
@@ -331,10 +334,11 @@ def _turns(sessions: Sequence[str], count: int) -> list[tuple[str, list[Message]
 
 def _raw_turns(sessions: Sequence[str], count: int) -> list[tuple[str, list[RawMessage]]]:
     def turn() -> list[RawMessage]:
-        part = RawPart(f"call-{next(_numbers)}", "search", {"query": _text(5), "limit": 10})
+        id_ = f"call-{next(_numbers)}"
+        part = RawPart(id_, "search", {"query": _text(5), "limit": 10})
         return [
-            RawMessage(role="user", content=_text(30)),
             RawMessage(role="assistant", content=_text(30), tool_calls=[part]),
+            RawMessage(role="tool", content=_text(30), tool_call_id=id_),
         ]
 
     return [(id_, turn()) for id_ in _cycle(sessions, count)]
@@ -342,7 +346,7 @@ def _raw_turns(sessions: Sequence[str], count: int) -> list[tuple[str, list[RawM
 
 @asynccontextmanager
 async def _s8(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
-    count = TASKS * int(20 * plan.scale)
+    count = TASKS * int(6 * plan.scale)
     async with _agents(folder, TASKS) as (db, turns, ours, theirs):
 
         def sides(tasks: int) -> dict[str, Side]:
@@ -361,7 +365,7 @@ async def _s8(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
 
 @asynccontextmanager
 async def _s9(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
-    count = TASKS * int(50 * plan.scale)
+    count = TASKS * int(25 * plan.scale)
     full_folder = _below(folder, "full")
     stored = int(20_000 * plan.load)
     async with _records(folder, stored) as normal, _records(full_folder, stored, durability="full") as full:

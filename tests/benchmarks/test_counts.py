@@ -15,12 +15,12 @@ from typing import Any
 
 import msgspec
 import pytest
-from kvpersist.agents.records import Message, ToolCallPart
-from kvpersist_drivers.sqlite import SqliteDriver
 
 import kvpersist
+from kvpersist.agents.records import Message, ToolCallPart
 from kvpersist.driver import Batch, Committed, Driver, Entry
 from kvpersist.errors import KvError
+from kvpersist_drivers.sqlite import SqliteDriver
 
 NOW = datetime(2025, 1, 1, tzinfo=UTC)
 
@@ -239,8 +239,8 @@ async def test_a_users_newest_are_one_scan_that_follows_the_index(counts: Counts
 def _turn(number: int) -> list[Message]:
     part = ToolCallPart(f"call-{number}", "search", {"query": "x"})
     return [
-        Message(role="user", content=f"question {number}"),
-        Message(role="assistant", content=f"answer {number}", tool_calls=[part]),
+        Message(role="assistant", content=f"question {number}", tool_calls=[part]),
+        Message(role="tool", content=f"answer {number}", tool_call_id=part.id),
     ]
 
 

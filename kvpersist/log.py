@@ -18,7 +18,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 import msgspec
 
 from kvpersist import keys
-from kvpersist.codec import RecordCodec
+from kvpersist.codec import JSON, MSGPACK, RecordCodec, frame
 from kvpersist.driver import ABSENT, Delete, Entry, Expect, Op, Put
 from kvpersist.errors import BadRequest, KvError, Unsupported
 from kvpersist.funnel import Built, Funnel
@@ -52,6 +52,8 @@ class _State(NamedTuple):
     last: int
     alive: int
     expect: Expect  # of the stat record
+    prefix: str  # of the items' keys
+    stat_key: str
 
 
 class _Remove(NamedTuple):
@@ -93,6 +95,9 @@ class Log(Generic[R]):
         self._store = store
         self._codec = RecordCodec(type_, codec=store.codec, version=version)
         self._stats = RecordCodec(_Stat, codec=store.codec)
+        packs = store.codec == "msgpack"
+        self._format = MSGPACK if packs else JSON  # a stat is made here, so its types need no proof
+        self._pack = msgspec.msgpack.Encoder().encode if packs else msgspec.json.Encoder().encode
         space = keys.namespace(namespace)
         self._space = space
         self._prefix = keys.record_prefix(space, keys.check_name(name, "log"))
@@ -140,9 +145,9 @@ class Log(Generic[R]):
         """The first ``limit`` items with ``after < number < before``; ``reverse`` starts at the newest."""
         prefix = self._prefix_of(parent)
         decode = self._codec.decode
-        at = len(prefix)
+        at = len(prefix) + 1  # behind the character that tells how many digits follow
         found = await read_range(self._store, prefix, after, before, limit, reverse, self._last_number, parent)
-        return [Numbered(keys.decode(entry.key[at:], int), decode(entry.key, entry.value)) for entry in found]
+        return [Numbered(int(entry.key[at:], 16), decode(entry.key, entry.value)) for entry in found]
 
     async def iterate(self, parent: str, *, after: int = 0) -> AsyncIterator[Numbered[R]]:
         """Yield the items in order, reading 250 at a time; those appended meanwhile are seen too."""
@@ -195,21 +200,20 @@ class Log(Generic[R]):
         return (await self._load(parent)).last
 
     async def _load(self, parent: str) -> _State:
-        key = self._stat_prefix + keys.encode(parent)
+        part = keys.encode(parent)
+        prefix, key = f"{self._prefix}{part}!", self._stat_prefix + part
         [entry] = await self._store._entries([key])
         stat = _Stat() if entry is None else self._stats.decode(key, entry.value)
         last, count = stat.last, stat.count
         if not self._atomic:  # items may have been written that the stat does not know
-            prefix = self._prefix_of(parent)
             async for missed in after_stat(self._store, prefix, last):
                 last = keys.decode(missed.key[len(prefix) :], int)
                 count += missed.value != TOMBSTONE
-        return _State(last, count, ABSENT if entry is None else entry.version)
+        return _State(last, count, ABSENT if entry is None else entry.version, prefix, key)
 
     async def _build(self, parent: str, state: _State, items: list[Any]) -> Built[_State, Any]:
-        prefix = self._prefix_of(parent)
         encode, number_of = self._codec.encode, keys.encode
-        last, count, expect = state
+        last, count, expect, prefix, stat_key = state
         ops: list[Op] = []
         results: list[Any] = []
         amends: list[_Lower] = []
@@ -247,9 +251,9 @@ class Log(Generic[R]):
                 count += len(puts)
         stands = len(ops)
         if ops or count != state.alive:
-            key = self._stat_prefix + keys.encode(parent)
-            ops.append(Put(key, self._stats.encode(key, _Stat(last, count)), expect))
-        return Built(ops, lambda version: _State(last, count, version), results, stands, amends)
+            stat = frame(stat_key, self._pack(_Stat(last, count)), self._format, 1)
+            ops.append(Put(stat_key, stat, expect))
+        return Built(ops, lambda version: _State(last, count, version, prefix, stat_key), results, stands, amends)
 
 
 def _weight(item: Any) -> int:

@@ -6,10 +6,12 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Final
 
+import msgspec
+
 from kvpersist import keys
 from kvpersist.agents.records import Message, Session, ToolCall
 from kvpersist.agents.stat import Stat
-from kvpersist.codec import RecordCodec
+from kvpersist.codec import JSON, MSGPACK, RecordCodec, frame
 from kvpersist.driver import Entry
 from kvpersist.index_writes import live
 from kvpersist.repository import Repository
@@ -41,7 +43,10 @@ class Collections:
         self._space = space
         self.sessions, self.messages, self.tool_calls = sessions, messages, tool_calls
         self.own_call_indexes = own_call_indexes
-        self.stats = RecordCodec(Stat, codec=store.codec)
+        self._stats = RecordCodec(Stat, codec=store.codec)
+        packs = store.codec == "msgpack"
+        self._format = MSGPACK if packs else JSON
+        self._pack = msgspec.msgpack.Encoder().encode if packs else msgspec.json.Encoder().encode
         self.message_prefix = keys.record_prefix(space, "message")
         self.call_prefix = keys.record_prefix(space, "tool_call")
         self.session_prefix = keys.record_prefix(space, "session")
@@ -77,6 +82,10 @@ class Collections:
                 return
             start = page[-1].key + "!"  # no key lies between a key and itself + '!'
 
+    def packed(self, key: str, stat: Stat) -> bytes:
+        """Encode a stat record. It is made here, so its types need no proof."""
+        return frame(key, self._pack(stat), self._format, 1)
+
     def stat_of(self, entry: Entry) -> Stat:
         """Decode a stat record."""
-        return self.stats.decode(entry.key, entry.value)
+        return self._stats.decode(entry.key, entry.value)

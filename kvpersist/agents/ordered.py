@@ -140,7 +140,7 @@ class OrderedTurns:
         if stat == parent.stat:
             return Built([], lambda version: parent, results)
         key = every.stat_prefix + part
-        ops.append(Put(key, every.stats.encode(key, stat), parent.version or ABSENT))
+        ops.append(Put(key, every.packed(key, stat), parent.version or ABSENT))
         if before is not None and indexed_at != before:
             ops.append(Delete(every.updated_key(part, before)))
         return Built(ops, lambda version: Parent(parent.birth, stat, version, {}), results, stands=0, amends=amends[:1])

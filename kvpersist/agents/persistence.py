@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, Literal, Self, TypeVar
 from uuid import UUID
 
@@ -19,7 +20,7 @@ from kvpersist.agents.sessions import Sessions
 from kvpersist.agents.tool_calls import ToolCalls
 from kvpersist.agents.turns import Turns
 from kvpersist.driver import Clock, Driver
-from kvpersist.errors import BadOption
+from kvpersist.errors import BadOption, ReadOnly
 from kvpersist.index import Index
 from kvpersist.log import require_sequences
 from kvpersist.repository import Repository
@@ -212,7 +213,8 @@ def open(
                 tool_call_indexes=tool_call_indexes,
                 owns_store=owns,
             )
-            await db._deletions.finish_all()
+            with suppress(ReadOnly):  # whoever may write finishes them; what is left is not seen here either
+                await db._deletions.finish_all()
         except BaseException:
             if owns:
                 await store.close()

@@ -243,7 +243,7 @@ class Sessions:
         key = self._all.stat_prefix + part
         return [
             Put(self._all.updated_key(part, stat.updated_at), part.encode()),
-            Put(key, self._all.stats.encode(key, stat), expect),
+            Put(key, self._all.packed(key, stat), expect),
         ]
 
     async def _stats(self, parts: Sequence[str]) -> Sequence[Stat | None]:

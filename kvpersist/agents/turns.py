@@ -51,7 +51,7 @@ R = TypeVar("R")
 EXACT: Final = timedelta(seconds=1)
 """How far the index `updated` may lie behind."""
 
-_LARGE: Final = 1 << 16  # bytes of a call that is not remembered until its answer
+_LARGE: Final = 1 << 13  # bytes of a stored call; a larger one is not remembered until its answer
 
 
 class Turns:
@@ -190,7 +190,10 @@ class Round:
                 key = every.call_prefix + pk
                 data = writer._encoded(key, call, old, known)
                 self._puts.append(Put(key, data, version_of(old)))
-                await writer._index_ops(self._ops, known, pk, old, call, None, {})
+                if old is None:
+                    self._enter(writer, known, pk, call)
+                else:
+                    await writer._index_ops(self._ops, known, pk, old, call, None, {})
                 if call.state == "pending" and len(data) <= _LARGE:
                     recent[pk] = key, data
         if not self._puts and not self._ops.by_key:
@@ -209,7 +212,7 @@ class Round:
         stat = draft.done(indexed_at)
         key = every.stat_prefix + self._part
         ops.append(parent.birth)
-        ops.append(Put(key, every.stats.encode(key, stat), parent.version or ABSENT))
+        ops.append(Put(key, every.packed(key, stat), parent.version or ABSENT))
 
         def after(version: bytes) -> Parent:
             remembered = {pk: Entry(key, data, version) for pk, (key, data) in recent.items()}
@@ -240,15 +243,15 @@ class Round:
         every = self._all
         writer, known = await self._using(every.messages)
         encode, prefix, part = writer._codec.encode, every.message_prefix, self._part
-        taken_over = self._orphans
+        puts = self._puts
         number = self._draft.last
         for message in messages:
             number += 1
             message.number = number
             pk = f"{part}!{keys.encode(number)}"
             key = prefix + pk
-            self._puts.append(Put(key, encode(key, message), ABSENT))
-            await writer._index_ops(self._ops, known, pk, None, message, None, taken_over)
+            puts.append(Put(key, encode(key, message), ABSENT))
+            self._enter(writer, known, pk, message)
         made = [(pk, call) for message in messages if message.tool_calls for pk, call in self._asked_by(message)]
         if made and every.own_call_indexes:  # what they refuse is refused here, before anything is counted
             for slot in (await every.tool_calls._definitions.known()).maintained:
@@ -263,6 +266,19 @@ class Round:
             if message.tool_call_id is not None and message.role == "tool":
                 self._answer(message, message.tool_call_id)
         return messages
+
+    def _enter(self, writer: AtomicWriter[R], known: Known, pk: str, record: R) -> None:
+        """Add the index entries of a new record; what `AtomicWriter` does for any, without looking for old ones."""
+        value = pk.encode()
+        ops = self._ops
+        for slot in known.maintained:
+            for key in writer._has(slot, record, pk):
+                if slot.bound.unique:
+                    if key in ops.claims:  # wanted by another record of this batch
+                        raise writer._taken(slot, key, cast("Put", ops.by_key[key]).value.decode())
+                    ops.claim(key, slot, value, None, self._orphans.get(key, ABSENT))
+                else:
+                    ops.by_key[key] = Put(key, value)
 
     def _asked_by(self, message: Message) -> list[tuple[str, ToolCall]]:
         return [

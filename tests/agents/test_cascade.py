@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ import pytest
 import kvpersist
 from kvpersist import Index, Message, ToolCallPart
 from kvpersist.agents.persistence import Persistence
-from kvpersist.errors import ParentGone
+from kvpersist.errors import ParentGone, ReadOnly
 from kvpersist.testing.faults import Crashed, FaultyDriver
 from kvpersist_drivers.memory import MemoryDriver
+from kvpersist_drivers.sqlite import SqliteDriver
 
 Sound = Callable[[Persistence], Awaitable[None]]
 ORDERED = {"atomic_batch", "reverse", "deref"}
@@ -254,3 +256,23 @@ async def test_deletions_begun_elsewhere_are_finished_by_several_at_once(driver:
 
     assert await driver.everything() == {}
     await sound(opened[0])
+
+
+async def test_a_read_only_opening_leaves_a_pending_deletion_to_others(tmp_path: Path) -> None:
+    path = tmp_path / "ro.db"
+    stopping = FaultyDriver(await SqliteDriver.open(SqliteDriver.Options(path=str(path), durability="normal")))
+    async with kvpersist.open(stopping) as db:
+        await fill(db, "kept", turns=1)
+        await fill(db, "s", turns=1)
+        stopping.fail("commit", 2, persistent=True)
+        with pytest.raises(ConnectionError):
+            await db.sessions.delete("s")
+    await stopping.close()
+
+    async with kvpersist.open(f"sqlite:///{path}?kv.mode=ro") as db:
+        assert [session.id for session in await db.sessions.list()] == ["kept"]
+        assert await db.messages.count("kept") == 3
+        with pytest.raises(ReadOnly):
+            await db.messages.append("kept", Message("user", "x"))
+    async with kvpersist.open(f"sqlite:///{path}") as db:
+        assert [key async for key in db.store.keys("kv:") if "!" in key and "kept" not in key] == []

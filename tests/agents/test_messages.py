@@ -355,3 +355,46 @@ async def test_a_turn_whose_write_fails_leaves_nothing_or_says_so(
             break
     else:
         pytest.fail("every write was failed and none was the last")
+
+
+async def test_cancelled_turns_are_whole_or_absent_and_stop_nobody(
+    db: Persistence, backend: str, session: str, sound: Sound
+) -> None:
+    tasks = [asyncio.create_task(db.messages.append_many(session, said(f"{n}a", f"{n}b"))) for n in range(40)]
+    for n, task in enumerate(tasks):
+        if n % 3 == 0:
+            for _ in range(n % 5):
+                await asyncio.sleep(0)
+            task.cancel()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+
+    found = await contents(db, session)
+    for n, answer in enumerate(answers):
+        there = [text for text in (f"{n}a", f"{n}b") if text in found]
+        if isinstance(answer, list):
+            assert len(there) == 2
+        else:
+            assert isinstance(answer, asyncio.CancelledError)
+            assert len(there) in ((0, 1, 2) if backend == "ordered" else (0, 2))
+    assert len(found) == len(set(found))
+    next_ = await db.messages.append(session, Message("user", "next"))
+    assert next_.number == len(found) + 1
+    await sound(db)
+
+
+async def test_a_turn_whose_answer_is_lost_is_found_to_have_happened(
+    driver: Any, db: Persistence, session: str, backend: str, sound: Sound
+) -> None:
+    if backend == "ordered":
+        pytest.skip("a lost answer in the middle of an ordered turn is reported, see the test of failing writes")
+    faulty = FaultyDriver(driver)
+    async with kvpersist.open(faulty) as again:
+        await again.messages.append(session, Message("user", "warm"))
+        faulty.fail("commit", 1, effect=True)
+
+        stored = await again.messages.append_many(session, said("a", "b"))
+
+        assert [m.number for m in stored] == [2, 3]
+        assert (await again.messages.append(session, Message("user", "next"))).number == 4
+    assert await contents(db, session) == ["warm", "a", "b", "next"]
+    await sound(db)

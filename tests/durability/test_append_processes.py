@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -78,4 +79,7 @@ async def test_turns_of_eight_processes_are_numbered_without_gap_or_loss(tmp_pat
         assert stat.tools["t"].completed == PROCESSES * TURNS
         calls = [call async for call in db._all.tool_calls.iterate()]
         assert Counter(call.state for call in calls) == {"completed": PROCESSES * TURNS}
-        print(f"{PROCESSES} x {TURNS} turns in {took:.1f} s")
+        owners = [str(turn[0]).partition(".")[0] for turn in turns]
+        switches = sum(before != after for before, after in pairwise(owners))
+        assert switches > 4 * PROCESSES, "the processes ran one after the other, which proves nothing"
+        print(f"{PROCESSES} x {TURNS} turns in {took:.1f} s, {switches} changes of the writer")

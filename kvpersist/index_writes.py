@@ -103,7 +103,9 @@ class Writer(Generic[R]):
         raise NotImplementedError
 
     def _encoded(self, key: str, record: R, old: Entry | None, known: Known) -> bytes:
-        if known.newer and old is not None and self._codec.decode_newer(key, old.value) is not None:
+        # without atomic batches a newer schema may not be known of yet
+        looks = known.newer or self._store.capabilities.atomic_batch == "none"
+        if looks and old is not None and self._codec.decode_newer(key, old.value) is not None:
             return self._codec.encode_keeping(key, record, old.value)
         return self._codec.encode(key, record)
 

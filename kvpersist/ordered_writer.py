@@ -28,7 +28,7 @@ from typing import Final, TypeVar
 
 from kvpersist.definitions import Known, Slot
 from kvpersist.driver import Delete, Entry, Expect, Op, Put
-from kvpersist.errors import Conflict, CorruptRecord, KvError, UniqueConflict
+from kvpersist.errors import Conflict, CorruptRecord, KvError, UniqueConflict, Unsupported
 from kvpersist.index_writes import ATTEMPTS, SHORTEST_LIFE, TOMBSTONE, UNREAD, Writer, live, too_short, version_of
 
 __all__ = ["OrderedWriter"]
@@ -54,6 +54,8 @@ class OrderedWriter(Writer[R]):
     ) -> bytes:
         key = self._records + pk
         asked = self._store.clock()
+        if expect is not None or old is not UNREAD:
+            self._need_conditions()
         for attempt in range(ATTEMPTS):
             known = await self._definitions.fresh()
             started = self._store.clock()
@@ -92,6 +94,8 @@ class OrderedWriter(Writer[R]):
 
     async def remove(self, pk: str, *, expect: bytes | None = None) -> bool:
         key = self._records + pk
+        if expect is not None:
+            self._need_conditions()
         for attempt in range(ATTEMPTS):
             known = await self._definitions.fresh()
             started = self._store.clock()
@@ -253,3 +257,7 @@ class OrderedWriter(Writer[R]):
 
     def _gone(self, old: Entry) -> Op:
         return Delete(old.key, old.version if self._store.capabilities.conditional_delete else None)
+
+    def _need_conditions(self) -> None:
+        if not self._store.capabilities.conditional:
+            raise Unsupported("insert, update and expect=", "it has no conditional writes: put is what it can do")

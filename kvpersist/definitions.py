@@ -162,10 +162,10 @@ class Definitions:
 
     def take(self, entry: Entry, at: float | None = None) -> Known:
         """Adopt a definition record; ``at``: when it was read, by the store's clock."""
-        if at is not None:
-            self._seen_at = at
         if self._known is None or self._known.version != entry.version:
             self._known = self._adopted(self.read(entry), entry.version)
+        if at is not None:  # what could not be adopted has not been seen: the next operation looks again
+            self._seen_at = at
         return self._known
 
     def read(self, entry: Entry) -> Definition:
@@ -210,8 +210,8 @@ class Definitions:
                     return self.take(entry, at)
                 version = b""
             if version is not None:
-                self._seen_at = at
                 self._known = self._adopted(wanted, version)
+                self._seen_at = at
                 return self._known
 
     async def _first(self) -> Definition:

@@ -10,7 +10,7 @@ import asyncio
 import copy
 import types
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
 from typing import Any, Final, Generic, TypeVar
 
 import msgspec
@@ -22,7 +22,6 @@ __all__ = ["Batched"]
 
 _MAX_OPERATIONS: Final = 512  # of one drain
 _MAX_BYTES: Final = 1 << 20  # of one drain
-_MAX_WAITING: Final = 10_000  # calls of one lane; a further one waits to be let in
 _GRACE: Final = 0.5  # seconds a cancelled driver call gets to end before it is abandoned
 
 _Work = TypeVar("_Work")
@@ -99,7 +98,10 @@ class Batched:
     async def _commit_merged(self, calls: list[Sequence[Batch]]) -> list[list[Committed | KvError]]:
         if len(calls) == 1:
             return [await self.driver.commit(calls[0])]
-        outcomes = await self.driver.commit([batch for batches in calls for batch in batches])
+        merged = [batch for batches in calls for batch in batches]
+        outcomes = await self.driver.commit(merged)
+        if len(merged) == len(calls):
+            return [[outcome] for outcome in outcomes]
         answers: list[list[Committed | KvError]] = []
         at = 0
         for batches in calls:
@@ -151,36 +153,31 @@ class _Lane(Generic[_Work, _Answer]):
         self._timeout = timeout
         self._settles = settles
         self._waiting: deque[_Call[_Work, _Answer]] = deque()
+        self._operations = self._size = 0  # of what is waiting
         self._flying: list[_Call[_Work, _Answer]] = []
         self._cancelled = False  # the flight was cancelled because all of its calls are overdue
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._worker: asyncio.Task[None] | None = None
         self._parked: asyncio.Future[None] | None = None
-        self._room: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def submit(self, work: _Work, operations: int, size: int) -> Awaitable[_Answer]:
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()
-        if len(self._waiting) >= _MAX_WAITING:
-            return self._admitted(work, operations, size)
-        return self._enqueued(
-            work, operations, size, 0.0 if self._timeout is None else self._loop.time() + self._timeout
-        )
-
-    def _enqueued(self, work: _Work, operations: int, size: int, deadline: float) -> asyncio.Future[_Answer]:
+    def submit(self, work: _Work, operations: int, size: int) -> asyncio.Future[_Answer]:
         loop = self._loop
-        assert loop is not None
+        if loop is None:
+            loop = self._loop = asyncio.get_running_loop()
+        deadline = 0.0 if self._timeout is None else loop.time() + self._timeout
         if self._closed:
             raise StoreClosed("the store was closed: open it again")
         answer: asyncio.Future[_Answer] = loop.create_future()
         self._waiting.append(_Call(work, operations, size, answer, deadline))
+        self._operations += operations
+        self._size += size
         if self._parked is not None:
             if not self._parked.done():
                 self._parked.set_result(None)
         elif self._worker is None:
-            self._worker = loop.create_task(self._serve())
+            self._start()
         if self._timer is None and self._timeout is not None:
             self._timer = loop.call_at(deadline, self._tick)
         return answer
@@ -197,20 +194,8 @@ class _Lane(Generic[_Work, _Answer]):
         if worker is not None:
             worker.cancel()
             await asyncio.wait([worker], timeout=_GRACE)
-
-    async def _admitted(self, work: _Work, operations: int, size: int) -> _Answer:
-        """Wait until the lane has room, within the call's own deadline."""
-        loop = asyncio.get_running_loop()
-        deadline = None if self._timeout is None else loop.time() + self._timeout
-        try:
-            async with asyncio.timeout_at(deadline):
-                while len(self._waiting) >= _MAX_WAITING:
-                    if self._room is None:
-                        self._room = loop.create_future()
-                    await asyncio.shield(self._room)
-        except TimeoutError as error:
-            raise DeadlineExceeded(self._operation, self._timeout or 0) from error
-        return await self._enqueued(work, operations, size, deadline or 0.0)
+        _fail(self._flying, self._lost("the store was closed", settled=False))
+        _fail(self._waiting, self._late())
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -230,11 +215,13 @@ class _Lane(Generic[_Work, _Answer]):
             try:
                 answers = await self._run([call.work for call in calls])
             except asyncio.CancelledError:
-                if not self._cancelled:  # the lane is closing
-                    _fail(calls, self._lost("the store was closed", settled=False))
-                    raise
-                me.uncancel()
-                _fail(calls, self._lost(f"no answer in {self._timeout:g} s", self._settles))
+                if self._cancelled:
+                    me.uncancel()
+                    _fail(calls, self._lost(f"no answer in {self._timeout:g} s", self._settles))
+                else:  # the lane is closing, or the driver cancelled its own call
+                    _fail(calls, self._lost("the call was cancelled", settled=False))
+                    if me.cancelling():
+                        raise
             except Exception as error:  # noqa: BLE001  # whatever a driver raises belongs to these callers, not to the lane
                 _fail(calls, error)
             else:
@@ -247,32 +234,37 @@ class _Lane(Generic[_Work, _Answer]):
 
     def _take(self) -> list[_Call[_Work, _Answer]]:
         """Take whole calls, at least one, up to the limits of a drain; cancelled ones are dropped."""
+        waiting = self._waiting
+        if self._operations <= _MAX_OPERATIONS and self._size <= _MAX_BYTES:
+            calls = [call for call in waiting if not call.answer.done()]
+            waiting.clear()
+            self._operations = self._size = 0
+            return calls
         calls: list[_Call[_Work, _Answer]] = []
         operations = size = 0
-        waiting = self._waiting
         while waiting:
             call = waiting[0]
-            operations += call.operations
-            size += call.size
-            if calls and (operations > _MAX_OPERATIONS or size > _MAX_BYTES):
-                break
-            waiting.popleft()
-            if call.answer.done():
-                operations -= call.operations
-                size -= call.size
-            else:
+            if not call.answer.done():
+                operations += call.operations
+                size += call.size
+                if calls and (operations > _MAX_OPERATIONS or size > _MAX_BYTES):
+                    break
                 calls.append(call)
-        if self._room is not None and len(waiting) < _MAX_WAITING:
-            self._room.set_result(None)
-            self._room = None
+            self._pop()
         return calls
+
+    def _pop(self) -> _Call[_Work, _Answer]:
+        call = self._waiting.popleft()
+        self._operations -= call.operations
+        self._size -= call.size
+        return call
 
     def _tick(self) -> None:
         """Fail what is overdue; the lane's only timer."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         while self._waiting and (self._waiting[0].deadline <= now or self._waiting[0].answer.done()):
-            _fail([self._waiting.popleft()], self._late())
+            _fail([self._pop()], self._late())
         if self._flying and self._cancelled:
             self._abandon()
         elif self._flying and self._flying[-1].deadline <= now:  # the youngest, so all of them
@@ -296,7 +288,19 @@ class _Lane(Generic[_Work, _Answer]):
         """Leave a driver call that ignores its cancellation to itself, and serve the lane anew."""
         _fail(self._flying, self._lost("the driver does not answer", settled=False))
         self._flying, self._cancelled = [], False
+        self._start()
+
+    def _start(self) -> None:
         self._worker = asyncio.get_running_loop().create_task(self._serve())
+        self._worker.add_done_callback(self._ended)
+
+    def _ended(self, worker: asyncio.Task[None]) -> None:
+        """Somebody cancelled the worker, e.g. all tasks of the loop: the next call starts another."""
+        if worker is self._worker:
+            _fail(self._flying, self._lost("its task was ended", settled=False))
+            self._worker, self._flying = None, []
+            if any(not call.answer.done() for call in self._waiting):
+                self._start()
 
     def _late(self) -> Exception:
         return DeadlineExceeded(self._operation, self._timeout or 0)
@@ -305,11 +309,14 @@ class _Lane(Generic[_Work, _Answer]):
         return CommitUnknown((), reason, settled) if self._operation == "commit" else self._late()
 
 
-def _fail(calls: Sequence[_Call[Any, Any]], error: Exception) -> None:
+def _fail(calls: Iterable[_Call[Any, Any]], error: Exception) -> None:
     for call in calls:
         if not call.answer.done():
-            own = copy.copy(error)  # an instance each: a traceback grows where an exception is raised
-            own.__cause__ = error.__cause__
+            try:
+                own = copy.copy(error)  # an instance each: a traceback grows where an exception is raised
+                own.__cause__ = error.__cause__
+            except Exception:  # noqa: BLE001  # a foreign one that cannot be copied is shared
+                own = error
             call.answer.set_exception(own)
 
 

@@ -10,7 +10,7 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
-from typing import Final, Literal, Self, cast
+from typing import Any, Final, Literal, Self, cast
 
 import msgspec
 
@@ -20,6 +20,7 @@ from kvpersist.driver import (
     ABSENT,
     Batch,
     Capabilities,
+    Check,
     Clock,
     Committed,
     Compacts,
@@ -34,6 +35,7 @@ from kvpersist.errors import (
     CommitUnknown,
     Conflict,
     CorruptRecord,
+    DeadlineExceeded,
     ForkedStore,
     FormatMismatch,
     KvError,
@@ -44,16 +46,20 @@ from kvpersist.errors import (
     WrongLoop,
 )
 
-__all__ = ["FORMAT", "BytesLevel"]
+__all__ = ["FORMAT", "KEYS", "BytesLevel"]
 
 FORMAT: Final = 1
 """The number of the store format this version writes; every smaller one is read."""
+
+KEYS: Final = 1
+"""The number of the key escape."""
 
 _FORMAT_KEY: Final = "kvpersist:format"
 _DECIDE: Final = 0.5  # seconds that looking for a lost write may take
 
 _VERSIONS: Final = 64  # minted at once: one system call for so many
 
+_running = asyncio.get_running_loop
 _forks = 0
 _pool: list[bytes] = []
 
@@ -80,7 +86,7 @@ if hasattr(os, "register_at_fork"):
 
 class _Format(msgspec.Struct, kw_only=True):
     format: int = FORMAT
-    keys: int = 1  # of the key escape
+    keys: int = KEYS
     cipher: str | None = None
     namespaces: list[str] = []
     library: str = ""
@@ -111,6 +117,7 @@ class BytesLevel:
         self._owned: frozenset[str] = frozenset(("kvpersist",))
         self._owns_driver = owns_driver
         self._closed = False
+        self._closing: asyncio.Task[None] | None = None
         self._forks = _forks
         self._loop = asyncio.get_running_loop()
         self._sweeper: asyncio.Task[None] | None = None
@@ -118,17 +125,29 @@ class BytesLevel:
     async def sweep(self) -> int:
         """Remove expired entries now, where the backend does not do it itself; return how many."""
         removed = 0
-        if isinstance(self.driver, Compacts):
-            while gone := await self.driver.compact(500):
-                removed += gone
+        while isinstance(self.driver, Compacts):
+            self._check()
+            try:
+                async with asyncio.timeout(self.timeout):
+                    gone = await self.driver.compact(500)
+            except TimeoutError as error:
+                raise DeadlineExceeded("compact", self.timeout or 0) from error
+            if not gone:
+                break
+            removed += gone
         return removed
 
     async def close(self) -> None:
         """End what is under way and release the backend; a second call does nothing."""
-        if self._closed or self._forks != _forks:
+        if self._forks != _forks:
             return
-        self._check()
-        self._closed = True
+        if self._closing is None:
+            self._check()
+            self._closed = True
+            self._closing = self._loop.create_task(self._close())
+        await asyncio.shield(self._closing)  # a cancelled close goes on; a second one waits for the first
+
+    async def _close(self) -> None:
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.wait([self._sweeper])
@@ -153,7 +172,7 @@ class BytesLevel:
             outcome = lost
         if type(outcome) is Committed:
             return outcome.version
-        decided = await self._decided(batch, cast(KvError, outcome))
+        decided = await self._decided(batch, cast(KvError, outcome), self._loop.time() + _DECIDE)
         if isinstance(decided, bytes):
             return decided
         raise decided
@@ -166,8 +185,9 @@ class BytesLevel:
             outcomes = await self._lanes.commit(minted)
         except CommitUnknown as lost:
             outcomes = [lost] * len(minted)
+        until = self._loop.time() + _DECIDE  # for all of them
         return [
-            outcome.version if type(outcome) is Committed else await self._decided(batch, cast(KvError, outcome))
+            outcome.version if type(outcome) is Committed else await self._decided(batch, cast(KvError, outcome), until)
             for batch, outcome in zip(minted, outcomes, strict=True)
         ]
 
@@ -198,7 +218,7 @@ class BytesLevel:
             found = self._adopted(entry)
             if namespace in self._owned:
                 return
-            found.namespaces = sorted({*found.namespaces, namespace})
+            found["namespaces"] = sorted({*found["namespaces"], namespace})
             try:
                 await self._commit((self._format_put(found, entry),))
             except Conflict:
@@ -211,70 +231,79 @@ class BytesLevel:
         """Read the format record, or write the first one; the loser of a race re-reads."""
         while True:
             [entry] = await self._entries([_FORMAT_KEY])
+            found = self._adopted(entry)
             if entry is not None:
-                self._adopted(entry)
                 return
             try:
-                await self._commit((self._format_put(_Format(library=_version()), None),))
+                await self._commit((self._format_put(found, None),))
             except Conflict:
                 continue
             except (ReadOnly, Unsupported):
                 return
             return
 
-    def _adopted(self, entry: Entry | None) -> _Format:
+    def _adopted(self, entry: Entry | None) -> dict[str, Any]:
+        """Return the format record as it is stored, fields of later versions included."""
         if entry is None:
-            return _Format(library=_version())
+            return msgspec.to_builtins(_Format(library=_version()))
         try:
-            found = msgspec.convert(codec.decode_plain(_FORMAT_KEY, entry.value), _Format)
+            stored = codec.decode_plain(_FORMAT_KEY, entry.value)
+            found = msgspec.convert(stored, _Format)
         except (CorruptRecord, msgspec.ValidationError) as error:
             raise FormatMismatch(self.where, "a damaged format record", f"format {FORMAT}") from error
-        if found.format > FORMAT:
-            raise FormatMismatch(self.where, f"format {found.format}", f"at most {FORMAT}: upgrade kvpersist")
+        if found.format > FORMAT or found.keys > KEYS:
+            shown = f"format {found.format}, keys {found.keys}"
+            raise FormatMismatch(self.where, shown, f"at most {FORMAT} and {KEYS}: upgrade kvpersist")
         if found.cipher is not None:
             raise FormatMismatch(self.where, f"values encrypted with {found.cipher}", "plain values")
         self._owned |= set(found.namespaces)
-        return found
+        return stored
 
-    def _format_put(self, record: _Format, seen: Entry | None) -> Put:
-        value = codec.encode_plain(_FORMAT_KEY, msgspec.to_builtins(record), "json")
+    def _format_put(self, record: dict[str, Any], seen: Entry | None) -> Put:
+        value = codec.encode_plain(_FORMAT_KEY, record, "json")
         if not self.capabilities.conditional:
             return Put(_FORMAT_KEY, value)
         return Put(_FORMAT_KEY, value, ABSENT if seen is None else seen.version)
 
     def _start_sweeping(self, interval: float) -> None:
-        if isinstance(self.driver, Compacts) and self.capabilities.ttl == "swept":
-            self._sweeper = self._loop.create_task(self._sweep_every(interval))
+        self._sweeper = self._loop.create_task(self._sweep_every(interval))
 
     async def _sweep_every(self, interval: float) -> None:
         while True:
             await asyncio.sleep(interval)
             try:
-                await self.sweep()
-            except KvError:  # space is reclaimed at the next turn; expired entries are hidden either way
+                if self.capabilities.ttl == "swept":
+                    await self.sweep()
+                [entry] = await self._entries([_FORMAT_KEY])
+                self._adopted(entry)  # which namespaces other processes have come to own
+            except KvError:  # tried again at the next turn; expired entries are hidden either way
                 continue
 
     def _check(self) -> None:
+        if self._closed or self._forks != _forks or _running() is not self._loop:
+            self._refuse()
+
+    def _refuse(self) -> None:
         if self._forks != _forks:
             raise ForkedStore("this store was opened before a fork: open it again in the child")
         if self._closed:
             raise StoreClosed("the store was closed: open it again")
-        if asyncio.get_running_loop() is not self._loop:
-            raise WrongLoop("the store belongs to another event loop: open one in each loop")
+        raise WrongLoop("the store belongs to another event loop: open one in each loop")
 
-    async def _decided(self, batch: Batch, error: KvError) -> bytes | KvError:
+    async def _decided(self, batch: Batch, error: KvError, until: float) -> bytes | KvError:
         """Decide a write whose answer was lost by looking for its version; other errors stay as they are."""
         if not isinstance(error, CommitUnknown):
             return error
         lost = CommitUnknown(tuple(op.key for op in batch.ops), error.reason, error.settled)
         lost.__cause__ = error.__cause__
         puts = [op.key for op in batch.ops if type(op) is Put]
-        expected = {op.key: op.expect for op in batch.ops if type(op.expect) is bytes}
+        # a Check says nothing: what it names stays as it is, done or not
+        expected = {op.key: op.expect for op in batch.ops if type(op) is not Check and type(op.expect) is bytes}
         looked_at = list(dict.fromkeys((*puts, *expected)))
         if not looked_at:
             return lost
         try:
-            async with asyncio.timeout(_DECIDE):
+            async with asyncio.timeout_at(until):
                 entries = await self._lanes.get(looked_at)
         except (KvError, TimeoutError):
             return lost

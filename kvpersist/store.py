@@ -23,12 +23,15 @@ from kvpersist.driver import (
     Put,
 )
 from kvpersist.errors import (
+    BadOption,
     BadRequest,
+    CommitUnknown,
     Conflict,
     CorruptRecord,
     KvError,
     PartlyDone,
     ReservedNamespace,
+    Unavailable,
     UniqueConflict,
     Unsupported,
 )
@@ -38,6 +41,7 @@ __all__ = ["Info", "Opening", "Store", "Versioned", "open_store"]
 
 _KEY_BYTES: Final = 512  # of a plain key, unless the driver keeps less
 _BATCH: Final = 100  # puts or deletes in one atomic batch of the *_many operations
+_CUTS: Final = 10  # such batches in one call: other writers, and the deadline, do not wait for all of them
 _SWEEP: Final = 60.0  # seconds between removals of expired entries
 _PAGE: Final = 1000  # entries read at once where values are left out
 
@@ -258,11 +262,22 @@ class Store(BytesLevel):
     ) -> AsyncIterator[tuple[str, Any]]:
         """Yield ``(key, value)`` below ``prefix`` in key order, ``page`` entries a round trip.
 
+        What repositories own is left out, unless ``prefix`` names their namespace; their index entries
+        always are.
+
         Args:
             start: first key, inclusive; ``end``: exclusive. Either may be None.
             on_corrupt: is handed each damaged entry, and the scan goes on; without it, it is raised.
         """
-        async for entry in self._walk(prefix, start, end, reverse=reverse, page=page):
+
+        def skips(key: str) -> str | None:
+            space, _, rest = key.partition(":")
+            if space not in self._owned or not rest:
+                return None
+            inside = prefix.startswith(f"{space}:")
+            return (key if "#" in rest.partition(":")[0] else None) if inside else f"{space}:"
+
+        async for entry in self._walk(prefix, start, end, skips, reverse=reverse, page=page):
             try:
                 value = codec.decode_plain(entry.key, entry.value)
             except CorruptRecord as error:
@@ -272,29 +287,26 @@ class Store(BytesLevel):
                 continue
             yield entry.key, value
 
-    async def keys(self, prefix: str = "", max_depth: int | None = None) -> AsyncIterator[str]:
+    async def keys(self, prefix: str = "", max_depth: int | None = None, *, raw: bool = False) -> AsyncIterator[str]:
         """Yield the keys below ``prefix`` in order, without values.
 
         ``max_depth=1`` leaves out keys with a further ``:`` behind the prefix, 2 those with two, and
-        so on; what lies deeper is skipped over, not read.
+        so on; what lies deeper is skipped over, not read. What repositories own is left out, unless
+        ``prefix`` names their namespace, or ``raw``.
         """
-        start, end = prefix, keys.prefix_end(prefix) if prefix else None
-        while True:
-            page = await self._scan(start, end, limit=_PAGE, keys_only=True)
-            skip_to = ""
-            for entry in page:
-                if entry.key < skip_to:
-                    continue
-                if max_depth is not None:
-                    below = entry.key[len(prefix) :].split(":", max_depth)
-                    if len(below) > max_depth:
-                        deeper = prefix + ":".join(below[:max_depth]) + ":"
-                        skip_to = keys.prefix_end(deeper) or ""
-                        continue
-                yield entry.key
-            if len(page) < _PAGE:
-                return
-            start = max(page[-1].key + "\0", skip_to)
+
+        def skips(key: str) -> str | None:
+            space, colon, _ = key.partition(":")
+            if colon and not raw and space in self._owned and not prefix.startswith(f"{space}:"):
+                return f"{space}:"
+            if max_depth is not None:
+                below = key[len(prefix) :].split(":", max_depth)
+                if len(below) > max_depth:
+                    return prefix + ":".join(below[:max_depth]) + ":"
+            return None
+
+        async for entry in self._walk(prefix, None, None, skips, page=_PAGE, keys_only=True):
+            yield entry.key
 
     async def snapshot(self, prefix: str = "") -> dict[str, Any]:
         """Return all values below ``prefix``, the prefix cut off their keys; for `restore`."""
@@ -344,22 +356,39 @@ class Store(BytesLevel):
     # ---- private
 
     async def _walk(
-        self, prefix: str, start: str | None, end: str | None, *, reverse: bool, page: int
+        self,
+        prefix: str,
+        start: str | None,
+        end: str | None,
+        skips: Callable[[str], str | None],
+        *,
+        page: int,
+        reverse: bool = False,
+        keys_only: bool = False,
     ) -> AsyncIterator[Entry]:
+        """Yield entries page by page; ``skips`` names a prefix to pass over, beginning with this key."""
+        if page < 1:
+            raise BadRequest(f"page={page}: read at least one entry at a time")
         low = max(prefix, start or "") or None
         high = keys.prefix_end(prefix) if prefix else None
         if end is not None:
             high = end if high is None else min(high, end)
         while True:
-            found = await self._scan(low, high, limit=page, reverse=reverse)
+            found = await self._scan(low, high, limit=page, reverse=reverse, keys_only=keys_only)
+            skipped = ""
             for entry in found:
-                yield entry
+                if skipped and entry.key.startswith(skipped):
+                    continue
+                skipped = skips(entry.key) or ""
+                if not skipped:
+                    yield entry
             if len(found) < page:
                 return
+            last = found[-1].key
             if reverse:
-                high = found[-1].key
+                high = min(last, skipped) if skipped else last
             else:
-                low = found[-1].key + "\0"
+                low = (keys.prefix_end(skipped) if skipped else None) or last + "\0"
 
     def _key(self, key: str) -> str:
         keys.check_key(key, self._key_bytes)
@@ -372,15 +401,35 @@ class Store(BytesLevel):
 
     def _expiry(self, ttl: float | None) -> float | None:
         ttl = self._ttl if ttl is None else ttl
-        return None if ttl is None or ttl == math.inf else self.clock() + ttl
+        if ttl is None or ttl == math.inf:
+            return None
+        if math.isnan(ttl):
+            raise BadOption("ttl", "it is not a number")
+        return self.clock() + ttl
 
     def _if_unchanged(self, entry: Entry) -> bytes | None:
         return entry.version if self.capabilities.conditional else None
 
     async def _commit_many(self, ops: Sequence[Op]) -> None:
         size = min(_BATCH, self.capabilities.max_batch or _BATCH)
-        cuts = [ops[at : at + size] for at in range(0, len(ops), size)]
-        outcomes = await self._commit_each(cuts) if cuts else []
+        apart = self.capabilities.atomic_batch == "partition"
+        groups: dict[str, list[Op]] = {}
+        for op in ops:
+            groups.setdefault(keys.partition(op.key) if apart else "", []).append(op)
+        cuts = [group[at : at + size] for group in groups.values() for at in range(0, len(group), size)]
+        outcomes: list[bytes | KvError] = []
+        for at in range(0, len(cuts), _CUTS):
+            part = cuts[at : at + _CUTS]
+            try:
+                answers = await self._commit_each(part)
+            except KvError as error:
+                if not outcomes:
+                    raise
+                answers = [error] * len(part)
+            outcomes += answers
+            if all(isinstance(answer, (CommitUnknown, Unavailable)) for answer in answers):  # nobody is there
+                outcomes += [Unavailable("not tried: the backend does not answer")] * (len(cuts) - len(outcomes))
+                break
         failed: dict[str, KvError] = {}
         for cut, outcome in zip(cuts, outcomes, strict=True):
             if isinstance(outcome, KvError):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any, Final, Protocol, cast
 
 from kvpersist import codec, keys
-from kvpersist.driver import ABSENT, Capabilities, Check, Delete, Entry, Expect, Op, Put
-from kvpersist.errors import Conflict, Unsupported
+from kvpersist.driver import ABSENT, Capabilities, Check, Clock, Delete, Entry, Expect, Op, Put
+from kvpersist.errors import BadRequest, Conflict, Unsupported
 
 __all__ = ["Transaction", "backoff"]
 
@@ -18,6 +18,7 @@ class _Store(Protocol):
     """What a transaction needs of the store it belongs to."""
 
     capabilities: Capabilities
+    clock: Clock
     codec: codec.CodecName
 
     async def _entries(self, keys: Sequence[str]) -> list[Entry | None]: ...
@@ -34,6 +35,7 @@ class Transaction:
         self.store = store
         self._seen: dict[str, Entry | None] = {}
         self._staged: dict[str, Op] = {}
+        self._ended = False
 
     async def get(self, key: str, default: Any = None) -> Any:
         """As `Store.get`, and the block fails at its end if somebody changes it meanwhile."""
@@ -51,18 +53,26 @@ class Transaction:
         self._stage((Delete(key),))
 
     async def _entries(self, keys: Sequence[str]) -> list[Entry | None]:
-        unread = [key for key in dict.fromkeys(keys) if key not in self._seen and key not in self._staged]
-        self._seen.update(zip(unread, await self.store._entries(unread), strict=True))
+        unread = [key for key in dict.fromkeys(keys) if key not in self._seen and not self._writes(key)]
+        for key, entry in zip(unread, await self.store._entries(unread), strict=True):
+            self._seen.setdefault(key, entry)  # a read beside this one may have answered: what was used is checked
         return [self._view(key) for key in keys]
+
+    def _writes(self, key: str) -> bool:
+        return type(self._staged.get(key)) in (Put, Delete)
 
     def _view(self, key: str) -> Entry | None:
         staged = self._staged.get(key)
         if type(staged) is Put:
+            if staged.expires_at is not None and staged.expires_at <= self.store.clock():
+                return None
             return Entry(key, staged.value, _PENDING, staged.expires_at)
         return None if type(staged) is Delete else self._seen.get(key)
 
     def _stage(self, ops: Sequence[Op]) -> None:
         """Merge operations into the batch; conditions on what this block wrote are judged at once."""
+        if self._ended:
+            raise BadRequest("this atomic() block has ended: write inside it, or begin another")
         for op in ops:
             before = self._staged.get(op.key)
             if type(before) is Put or type(before) is Delete:
@@ -71,13 +81,14 @@ class Transaction:
                 if type(op) is Check:
                     continue
                 self._staged[op.key] = _conditioned(op, condition)
-            elif before is not None and op.expect is None:
-                self._staged[op.key] = _conditioned(op, before.expect)
-            elif op.expect is None and op.key in self._seen:
+                continue
+            known: Expect | None = None if before is None else before.expect
+            if op.key in self._seen:
                 entry = self._seen[op.key]
-                self._staged[op.key] = _conditioned(op, ABSENT if entry is None else entry.version)
-            else:
-                self._staged[op.key] = op
+                known = ABSENT if entry is None else entry.version
+            if op.expect is not None and known is not None and op.expect != known:
+                raise Conflict(op.key, op.expect, known)
+            self._staged[op.key] = op if op.expect is not None else _conditioned(op, known)
 
     def _judge(self, op: Op) -> None:
         if op.expect is None:
@@ -87,6 +98,7 @@ class Transaction:
             raise Conflict(op.key, op.expect, ABSENT if present is None else _PENDING)
 
     async def _commit(self) -> None:
+        self._ended = True
         ops: list[Op] = [
             Check(key, ABSENT if entry is None else entry.version)
             for key, entry in self._seen.items()

@@ -277,19 +277,74 @@ async def test_close_answers_what_was_submitted_and_refuses_what_comes_after() -
     assert driver.closed == 1
 
 
-async def test_more_than_ten_thousand_waiting_calls_are_let_in_as_room_comes() -> None:
+async def test_ten_thousand_waiting_calls_are_answered_in_their_order() -> None:
     driver = Scripted()
     lanes = Batched(driver)
     driver.gate.clear()
-    calls = [asyncio.ensure_future(lanes.commit([put(str(n))])) for n in range(10_700)]
+    calls = [asyncio.ensure_future(lanes.commit([put("same", str(n).encode())])) for n in range(10_700)]
     await settle()
 
     driver.gate.set()
     outcomes = await asyncio.gather(*calls)
 
     assert all(isinstance(outcome, Committed) for [outcome] in outcomes)
-    assert len(driver.data) == 10_700
+    assert driver.data["same"].value == b"10699"
     await lanes.close()
+
+
+async def test_a_lane_survives_the_cancellation_of_all_tasks() -> None:
+    driver = Scripted()
+    lanes = Batched(driver)
+    await lanes.commit([put("a")])
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await settle()
+
+    assert isinstance((await lanes.commit([put("b")]))[0], Committed)
+    await lanes.close()
+
+
+async def test_a_cancellation_that_a_driver_leaks_fails_its_call_and_not_the_lane() -> None:
+    driver = Scripted()
+    lanes = Batched(driver)
+    driver.error = asyncio.CancelledError()  # type: ignore[assignment]
+
+    with pytest.raises(CommitUnknown):
+        await lanes.commit([put("a")])
+    driver.error = None
+
+    assert isinstance((await lanes.commit([put("b")]))[0], Committed)
+    await lanes.close()
+
+
+async def test_an_error_that_cannot_be_copied_reaches_every_caller() -> None:
+    class Odd(Exception):
+        def __init__(self, one: int, two: int) -> None:
+            super().__init__(one)
+
+    driver = Scripted()
+    lanes = Batched(driver, timeout=None)
+    driver.error = Odd(1, 2)
+
+    with pytest.raises(Odd):
+        await lanes.get(["a"])
+    await lanes.close()
+
+
+async def test_closing_fails_the_calls_that_a_stuck_driver_leaves() -> None:
+    driver = Scripted()
+    driver.ignores_cancel = True
+    lanes = Batched(driver, timeout=0.02)
+    driver.gate.clear()
+    calls = [asyncio.ensure_future(lanes.commit([put(str(n))])) for n in range(2)]
+    await asyncio.sleep(0)
+
+    await lanes.drain()
+    errors = await asyncio.gather(*calls, return_exceptions=True)
+    driver.gate.set()
+
+    assert all(isinstance(error, KvError) for error in errors)
 
 
 async def test_a_driver_that_need_not_wait_is_called_without_a_timer_or_a_task() -> None:

@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 
 import pytest
-from kvpersist_drivers.memory import MemoryDriver
 
-from kvpersist.driver import ABSENT, Batch, Capabilities, Committed, Entry, Put
+from kvpersist.driver import ABSENT, Batch, Capabilities, Check, Committed, Delete, Entry, Put
 from kvpersist.errors import (
     BadKey,
+    BadRequest,
     CommitUnknown,
     Conflict,
     CorruptRecord,
@@ -29,6 +29,7 @@ from kvpersist.errors import (
     WrongLoop,
 )
 from kvpersist.store import Store, open_store
+from kvpersist_drivers.memory import MemoryDriver
 
 
 class Clock:
@@ -56,8 +57,11 @@ async def collected(items: AsyncIterator[object]) -> list[object]:
 
 @pytest.mark.parametrize(
     "value",
-    [None, False, True, 0, 1, -1, 2**64, -(2**80), 1.5, "", "text", b"", b"\0bytes", [], {}, [1, [None]]]
-    + [{"a": {"b": [1, "x", b"y"]}}, datetime(2024, 5, 1, 12, 30, 15, 123456, tzinfo=UTC)],
+    [
+        *(None, False, True, 0, 1, -1, 2**64, -(2**80), 1.5, "", "text", b"", b"\0bytes", [], {}, [1, [None]]),
+        {"a": {"b": [1, "x", b"y"]}},
+        datetime(2024, 5, 1, 12, 30, 15, 123456, tzinfo=UTC),
+    ],
 )
 @pytest.mark.parametrize("codec", ["msgpack", "json"])
 async def test_a_value_comes_back_as_it_was_put(value: object, codec: str) -> None:
@@ -69,7 +73,7 @@ async def test_a_value_comes_back_as_it_was_put(value: object, codec: str) -> No
     assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize("value", [{1: 2}, (1,), {"a": {"b": [object()]}}, datetime(2024, 1, 1), "\ud800"])
+@pytest.mark.parametrize("value", [{1: 2}, (1,), {"a": {"b": [object()]}}, datetime(2024, 1, 1), "\ud800"])  # noqa: DTZ001
 async def test_a_value_that_could_not_come_back_alike_is_refused(store: Store, value: object) -> None:
     with pytest.raises(Unencodable):
         await store.put("k", value)
@@ -123,7 +127,7 @@ async def test_an_entry_lives_for_its_ttl_and_a_put_without_one_lets_it_live(sto
 
     assert not await store.has("a")
     assert await store.get_many(["a", "b"]) == [None, 2]
-    assert await collected(store.keys()) == ["b", "kvpersist:format"]
+    assert await collected(store.keys()) == ["b"]
 
 
 @pytest.mark.parametrize("ttl", [0, -5])
@@ -189,7 +193,7 @@ async def test_scan_walks_a_prefix_in_key_order_over_several_pages(store: Store)
 
 async def test_keys_to_a_depth_leave_out_what_lies_deeper(store: Store) -> None:
     names = ["a", "a:1", "a:1:x", "a:1:x:y", "a:2", "b:1:x", "b:1:y", "c"]
-    await store.put_many({name: 1 for name in names})
+    await store.put_many(dict.fromkeys(names, 1))
 
     assert await collected(store.keys("a:")) == names[1:5]
     assert await collected(store.keys("a:", max_depth=1)) == ["a:1", "a:2"]
@@ -211,7 +215,7 @@ async def test_clear_removes_a_prefix_and_nothing_else(store: Store) -> None:
     await store.put_many({f"a:{n}": n for n in range(1_500)} | {"ab": 1, "a": 1})
 
     assert await store.clear("a:") == 1_500
-    assert await collected(store.keys()) == ["a", "ab", "kvpersist:format"]
+    assert await collected(store.keys()) == ["a", "ab"]
 
 
 async def test_raw_bytes_are_kept_as_they_are(store: Store) -> None:
@@ -289,6 +293,22 @@ async def test_plain_writes_into_an_owned_namespace_are_refused_unless_raw(store
     assert await store.has_many(["ok", "kvx:1", "kv", "kv:session:1"]) == [False, True, True, True]
 
 
+async def test_what_repositories_own_is_left_out_of_a_walk_unless_asked_for() -> None:
+    async with open_store(MemoryDriver()) as store:
+        await store._own("kv")  # pyright: ignore[reportPrivateUsage]
+        await store.put_many({"a": 1, "kv": 2, "kvx:1": 3, "z:1": 4})
+        await store.put_many({f"kv:rec:{n:03}": n for n in range(300)}, raw=True)
+        await store._commit((Put("kv:rec#def", b"unframed"), Put("kv:rec#index:x!1", b"1")))  # pyright: ignore[reportPrivateUsage]
+
+        assert await collected(store.keys()) == ["a", "kv", "kvx:1", "z:1"]
+        assert await collected(store.scan(page=2)) == [("a", 1), ("kv", 2), ("kvx:1", 3), ("z:1", 4)]
+        assert await collected(store.scan(page=2, reverse=True)) == [("z:1", 4), ("kvx:1", 3), ("kv", 2), ("a", 1)]
+        assert await store.snapshot() == {"a": 1, "kv": 2, "kvx:1": 3, "z:1": 4}
+        assert len(await collected(store.scan("kv:"))) == 300
+        assert "kv:rec#def" in await collected(store.keys("kv:"))
+        assert len(await collected(store.keys(raw=True))) == 307
+
+
 async def test_a_later_store_knows_which_namespaces_are_owned() -> None:
     driver = MemoryDriver()
     async with open_store(driver) as first:
@@ -299,11 +319,12 @@ async def test_a_later_store_knows_which_namespaces_are_owned() -> None:
             await second.put("kv:x", 1)
 
 
-async def test_a_newer_format_is_refused_before_any_write() -> None:
+@pytest.mark.parametrize("newer", [{"format": 2}, {"keys": 2}, {"cipher": "aes"}, {"format": "x"}])
+async def test_a_newer_format_is_refused_before_any_write(newer: dict[str, object]) -> None:
     driver = MemoryDriver()
     async with open_store(driver) as store:
         record = await store.get("kvpersist:format")
-        await store.put("kvpersist:format", {**record, "format": 2}, raw=True)
+        await store.put("kvpersist:format", {**record, **newer}, raw=True)
     before = await driver.scan(None, None, limit=10)
 
     with pytest.raises(FormatMismatch):
@@ -361,6 +382,41 @@ async def test_atomic_merges_the_operations_of_one_key(store: Store) -> None:
         tx.delete("gone")
 
     assert await store.get_many(["old", "fleeting", "gone"]) == [3, None, None]
+
+
+async def test_atomic_checks_the_read_that_was_used_when_two_were_under_way(store: Store) -> None:
+    await store.put("n", 1)
+    slow = asyncio.Event()
+    get, held = store.driver.get, False
+
+    async def gated(keys: Sequence[str]) -> list[Entry | None]:
+        nonlocal held
+        found_late = held
+        held = True
+        if found_late:
+            await slow.wait()
+        return await get(keys)
+
+    store.driver.get = gated  # type: ignore[method-assign]
+    with pytest.raises(Conflict):
+        async with store.atomic() as tx:
+            first, second = asyncio.ensure_future(tx.get("n")), asyncio.ensure_future(tx.get("n"))
+            n = await first
+            store.driver.get = get  # type: ignore[method-assign]
+            await store.put("n", 100)
+            slow.set()
+            await second
+            tx.put("n", n + 1)
+
+    assert await store.get("n") == 100
+
+
+async def test_a_write_after_the_end_of_its_block_is_refused(store: Store) -> None:
+    async with store.atomic() as tx:
+        tx.put("a", 1)
+
+    with pytest.raises(BadRequest):
+        tx.put("b", 1)
 
 
 async def test_transact_tries_again_until_it_wins(store: Store) -> None:
@@ -490,6 +546,52 @@ async def test_a_lost_write_is_known_not_to_have_happened_only_where_the_driver_
 
             driver.armed = False
             assert await store.get("k") == "before"
+
+
+async def test_a_lost_delete_is_not_reported_as_undone_because_of_what_it_checked() -> None:
+    driver = LosesAnswers(lands=True, settled=True)
+    async with open_store(driver) as store:
+        version = await store.put("definition", 1)
+        await store.put("k", 1)
+        driver.armed = True
+
+        with pytest.raises(CommitUnknown):
+            await store._commit((Check("definition", version), Delete("k")))  # pyright: ignore[reportPrivateUsage]
+
+
+async def test_a_cancelled_close_goes_on_and_a_second_one_waits_for_it() -> None:
+    class Slow(MemoryDriver):
+        ended = False
+
+        async def close(self) -> None:
+            await gate.wait()
+            await super().close()
+            self.ended = True
+
+    gate = asyncio.Event()
+    driver = Slow()
+    store = await open_store(driver)
+    store._owns_driver = True  # pyright: ignore[reportPrivateUsage]
+    closing = asyncio.ensure_future(store.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    second = asyncio.ensure_future(store.close())
+    await asyncio.sleep(0)
+    gate.set()
+
+    await second
+
+    assert driver.ended
+
+
+@pytest.mark.parametrize("call", ["ttl", "page"])
+async def test_a_number_that_means_nothing_is_refused(store: Store, call: str) -> None:
+    with pytest.raises(BadRequest):
+        await (store.put("k", 1, ttl=math.nan) if call == "ttl" else collected(store.scan(page=0)))
+
+    assert not await store.has("k")
 
 
 async def test_an_unconditional_write_that_cannot_be_found_stays_unknown() -> None:

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from typing import Final
 from urllib.parse import quote
 
-from kvpersist.errors import BadRequest, Busy, FormatMismatch, ReadOnly, StoreClosed, Unsupported
+from kvpersist.errors import BadRequest, Busy, FormatMismatch, KvError, ReadOnly, StoreClosed, Unsupported
 from kvpersist_drivers.sqlite._errors import code_of, of_file, translated
 from kvpersist_drivers.sqlite._lock import Lock, new_lock
 from kvpersist_drivers.sqlite._statements import APPLICATION_ID, FORMAT, Statements
@@ -132,14 +132,21 @@ class Database:
             return True
         if not self._mutex.acquire(timeout=timeout):  # the file's lock is the driver's, not the thread's
             return False
-        if self._lock.acquire(timeout):
-            return True
-        self._mutex.release()
-        return False
+        held = False
+        try:
+            with of_file(self.path + "-lock"):
+                held = self._lock.acquire(timeout)
+        finally:
+            if not held:
+                self._mutex.release()
+        return held
 
     def checkpoint(self, connection: sqlite3.Connection) -> bool:
         """Copy the WAL into the database as far as readers let it; return False if it is to be tried again."""
-        if not self._take(0):
+        try:
+            if not self._take(0):
+                return False
+        except (KvError, sqlite3.Error):  # the next commit will tell
             return False
         try:
             busy, frames, copied = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()

@@ -43,7 +43,7 @@ async def ls(
             left = limit
             if left is not None and left <= 0:
                 return
-            async for key in opened.keys(prefix, max_depth=depth):
+            async for key in opened.keys(prefix, max_depth=depth, raw=True):
                 yield key
                 if left is not None:
                     left -= 1
@@ -162,14 +162,14 @@ async def rm(
             return 0 if len(present) == len(keys) else 3
         if dry_run:
             count = 0
-            async for key in opened.keys(prefix):
+            async for key in opened.keys(prefix, raw=True):
                 write(f"{key}\n")
                 count += 1
             say(f"would remove {count}")
             return 0
         if not yes:
             count = 0
-            async for _ in opened.keys(prefix):
+            async for _ in opened.keys(prefix, raw=True):
                 count += 1
             if not _agreed(f"remove {count} keys that start with {prefix!r}?"):
                 say("nothing was removed: --dry-run lists the keys, --yes removes them")

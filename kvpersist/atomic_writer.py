@@ -60,7 +60,7 @@ class AtomicWriter(Writer[R]):
         key = self._records + pk
         stored = old
         orphans: dict[str, bytes] = {}  # claims nobody holds any more, and the versions to take them over at
-        known = await self._definitions.known()
+        known = self._definitions.cached or await self._definitions.known()
         for attempt in range(ATTEMPTS):
             if expect is ABSENT:
                 stored = None
@@ -260,15 +260,15 @@ class AtomicWriter(Writer[R]):
             for key in gone:
                 if key not in ops.by_key:
                     ops.delete(key)
+            added = [key for key in has if key not in had]
+            for key in (*kept, *added):
+                prior = ops.by_key.get(key)
+                if type(prior) is Put and prior.value != value:  # claimed by another record of this batch
+                    raise self._taken(slot, key, prior.value.decode())
             for key in kept:
                 ops.put(key, value, expires_at)
-            for key in has:
-                if key in had:
-                    continue
+            for key in added:
                 if slot.bound.unique:
-                    prior = ops.by_key.get(key)
-                    if type(prior) is Put and prior.value != value:  # by another record of this batch
-                        raise self._taken(slot, key, prior.value.decode())
                     ops.claim(key, slot, value, expires_at, taken_over.get(key, ABSENT))
                 else:
                     ops.put(key, value, expires_at)

@@ -42,6 +42,7 @@ R = TypeVar("R")
 
 _BATCH: Final = 100  # records in one atomic batch of put_many
 _PAGE: Final = 100  # records that iterate holds at once
+_SHORT: Final = keys.ID_LIMIT // 4  # characters that cannot be more bytes than an id may have
 _TOGETHER: Final = 32  # records saved side by side where each is a batch of its own
 _ATTEMPTS: Final = 40  # of an update that keeps losing to others
 
@@ -106,6 +107,7 @@ class Repository(Generic[R]):
         self._type = type
         self._key_parts: tuple[Part, ...] = key_parts(type, key)
         self._key_of_one = self._key_parts[0] if len(self._key_parts) == 1 else None
+        self._key_is_text = self._key_of_one is not None and self._key_of_one.kind is str
         self._prefix = keys.record_prefix(self.namespace, self.name)
         self._codec = RecordCodec(type, codec=codec or store.codec, version=version, upcasters=upcasters or {})
         self._ttl = ttl
@@ -422,6 +424,8 @@ class Repository(Generic[R]):
 
     def _pk(self, id: Any) -> str:
         """Encode a key that the caller gave."""
+        if self._key_is_text and type(id) is str and len(pk := keys.escape(id)) <= _SHORT:
+            return pk
         if self._key_of_one is not None:
             values: Sequence[Any] = (id,)
         else:
@@ -434,6 +438,8 @@ class Repository(Generic[R]):
     def _pk_of(self, record: R) -> str:
         """Encode the key of a record."""
         try:
+            if self._key_of_one is not None:
+                return self._pk(self._key_of_one.get(record))
             values = [part.get(record) for part in self._key_parts]
         except (AttributeError, KeyError, TypeError) as error:
             raise Unencodable("", f"{type(record).__name__} is not a record of {self.name!r}") from error
@@ -444,7 +450,7 @@ class Repository(Generic[R]):
             pk = "!".join([part.encode(value) for part, value in zip(self._key_parts, values, strict=True)])
         except Unencodable as error:
             raise BadKey(values[0] if len(values) == 1 else tuple(values), f"{error.path}: {error.reason}") from error
-        if len(pk) > keys.ID_LIMIT // 4 and (size := len(pk.encode())) > keys.ID_LIMIT:
+        if len(pk) > _SHORT and (size := len(pk.encode())) > keys.ID_LIMIT:
             raise KeyTooLong(pk, size, keys.ID_LIMIT)
         return pk
 

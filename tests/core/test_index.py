@@ -648,7 +648,7 @@ class OrderedIndexMachine(IndexMachine):
 
 
 SETTINGS = settings(
-    max_examples=40,
+    max_examples=80,
     stateful_step_count=30,
     deadline=None,
     derandomize=True,

@@ -302,6 +302,17 @@ async def test_put_many_hands_a_unique_value_from_one_record_to_another(atomic: 
     assert await users.verify() == []
 
 
+async def test_put_many_does_not_take_a_value_from_a_record_that_keeps_it(users: Repository[User]) -> None:
+    await users.put(User(id="b", email="1"), ttl=100)
+
+    with pytest.raises(PartlyDone) as caught:
+        await users.put_many([User(id="a", email="1"), User(id="b", email="1")])
+
+    assert list(caught.value.failed) == ["kv:user:a"]
+    assert ids(await users.find(email="1")) == ["b"]
+    assert await users.verify() == []
+
+
 async def test_put_many_writes_nothing_when_a_record_cannot_be_kept(users: Repository[User]) -> None:
     with pytest.raises((Unencodable, PartlyDone)):
         await users.put_many([User(id="a", meta={"score": "high"}), User(id="b", meta={"score": object()})])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import random
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Generic, TypeVar, cast
@@ -16,7 +17,7 @@ import msgspec
 
 from kvpersist.driver import Op
 from kvpersist.errors import Conflict, DeadlineExceeded, KvError, StoreClosed
-from kvpersist.store import Store, backoff
+from kvpersist.store import Store
 
 __all__ = ["Built", "Funnel"]
 
@@ -26,6 +27,10 @@ O = TypeVar("O")  # noqa: E741  # its answer
 
 _MAX_OPERATIONS: Final = 512  # of one round
 _IDLE_PARENTS: Final = 4096  # whose state is remembered
+_SHORTEST: Final = 0.001  # seconds; an attempt counts as at least that long
+_DOUBLINGS: Final = 4  # of the wait after a conflict
+_LONGEST: Final = 0.25  # seconds of that wait
+_POLITE: Final = 1.0  # seconds after a conflict in which every round begins with a short pause
 
 
 class Built(msgspec.Struct, Generic[S, O], gc=False):
@@ -74,10 +79,12 @@ class _Call(Generic[I, O]):
 
 
 class _Lane(Generic[S, I, O]):
-    __slots__ = ("busy", "state", "waiting")
+    __slots__ = ("busy", "polite_until", "scale", "state", "waiting")
 
     def __init__(self) -> None:
         self.busy = False
+        self.polite_until = 0.0  # by the loop's clock
+        self.scale = 0.0  # seconds that a lost attempt took
         self.state: S | None = None
         self.waiting: deque[_Call[I, O]] = deque()
 
@@ -88,7 +95,9 @@ class Funnel(Generic[S, I, O]):
     A call that finds its parent idle builds and commits in the caller, alone; those that arrive
     meanwhile share the next batch, up to 512 operations. The batch is conditional on the state
     it was built from; after a conflict the state is read again and the batch built anew, with full
-    jitter between attempts, until the store's timeout has passed since the item was submitted.
+    jitter between attempts, until the store's timeout has passed since the item was submitted. For a
+    second after a conflict every round begins with a pause about as long as an attempt, so that a
+    process which does not stop writing cannot keep the others from it.
     An item that fails by itself does not fail the others of its batch, and nobody's cancellation
     reaches another caller's item; a cancelled item may or may not have been written.
     """
@@ -226,8 +235,12 @@ class Funnel(Generic[S, I, O]):
     async def _round(self, parent: str, lane: _Lane[S, I, O], calls: list[_Call[I, O]]) -> None:
         """Write some items as one batch and settle each; raises what concerns all that are left."""
         attempt = 0
+        loop = asyncio.get_running_loop()
+        if lane.polite_until > loop.time():  # another process writes here too: give it a moment between two commits
+            await asyncio.sleep(random.uniform(0, lane.scale))
         while calls:
             built: Built[S, O] | None = None
+            began = loop.time()
             try:
                 state = lane.state
                 if state is None:
@@ -245,7 +258,9 @@ class Funnel(Generic[S, I, O]):
                 if self._stands(built, conflict):
                     await self._amend(parent, lane, built.amends if built is not None else ())
                 else:
-                    await backoff(attempt)
+                    took = loop.time() - began
+                    lane.polite_until, lane.scale = loop.time() + _POLITE, min(took, _LONGEST)
+                    await _give_way(attempt, took)
                     attempt += 1
                     calls[:] = self._in_time(calls)
                     continue
@@ -263,12 +278,13 @@ class Funnel(Generic[S, I, O]):
     async def _amend(self, parent: str, lane: _Lane[S, I, O], amends: Sequence[I]) -> None:
         """Mend the stat of items that stand. Given up after some attempts: fsck counts again."""
         for attempt in range(10 if amends else 0):
+            began = asyncio.get_running_loop().time()
             try:
                 state = await self._load(parent)
                 built = await self._build(parent, state, list(amends))
                 version = await self._store._commit(built.ops)
             except Conflict:
-                await backoff(attempt)
+                await _give_way(attempt, asyncio.get_running_loop().time() - began)
             except KvError:  # the items are stored, which is what their callers asked for
                 return
             else:
@@ -285,3 +301,13 @@ class Funnel(Generic[S, I, O]):
             if call.since <= latest:
                 call.settle(DeadlineExceeded(self._what, timeout))
         return [call for call in calls if call.since > latest]
+
+
+async def _give_way(attempt: int, took: float) -> None:
+    """Wait with full jitter after a conflict, up to 16 times as long as the attempt took (seconds).
+
+    A fixed scale would be too short for a bucket, and on a file so long that a loser, asleep, never
+    meets the moment between two commits of a writer that does not pause.
+    """
+    scale = max(took, _SHORTEST) * 2 ** min(attempt, _DOUBLINGS)
+    await asyncio.sleep(random.uniform(0, min(_LONGEST, scale)))

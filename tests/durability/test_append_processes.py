@@ -81,5 +81,5 @@ async def test_turns_of_eight_processes_are_numbered_without_gap_or_loss(tmp_pat
         assert Counter(call.state for call in calls) == {"completed": PROCESSES * TURNS}
         owners = [str(turn[0]).partition(".")[0] for turn in turns]
         switches = sum(before != after for before, after in pairwise(owners))
-        assert switches > 4 * PROCESSES, "the processes ran one after the other, which proves nothing"
+        assert switches > PROCESSES * TURNS // 10, "one process kept the others from writing"
         print(f"{PROCESSES} x {TURNS} turns in {took:.1f} s, {switches} changes of the writer")

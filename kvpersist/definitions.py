@@ -11,7 +11,8 @@ and a state:
 A changed specification takes a new slot beside the old one, which stays readable for the processes
 that declared it, and is maintained by all, until the new one is. Writers on drivers with atomic
 batches carry a Check of the definition, so none writes under an old one. Other writers, and readers
-everywhere, trust what they read for 30 seconds, and whoever changes the definition waits 60.
+everywhere, trust what they read for 30 seconds, and whoever changes the definition waits 60: enough
+for a save of at most 15 seconds and a last call that ends by the default deadline of 10.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from kvpersist.errors import BadRequest, KvError, Unsupported
 from kvpersist.funnel import Built, Funnel
 from kvpersist.store import Store
 
-__all__ = ["Built", "Funnel", "Log", "Numbered"]
+__all__ = ["TOMBSTONE", "Built", "Funnel", "Log", "Numbered", "after_stat", "read_range", "require_sequences"]
 
 R = TypeVar("R")  # a record of a log
 

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar, cast
 import msgspec
 
 from kvpersist import keys
-from kvpersist.atomic_writer import AtomicWriter
 from kvpersist.codec import RecordCodec
-from kvpersist.definitions import Definitions
 from kvpersist.driver import ABSENT, Entry, Expect
 from kvpersist.errors import (
     BadKey,
@@ -25,11 +23,13 @@ from kvpersist.errors import (
     Unsupported,
 )
 from kvpersist.index import BoundIndex, Index, bind
-from kvpersist.index_fields import Part, key_parts
-from kvpersist.index_reads import Query, Reader
-from kvpersist.index_writes import Sleep, live, refuse_unkept
-from kvpersist.ordered_writer import OrderedWriter
-from kvpersist.reindex import Damage, Reindexed, Reindexer
+from kvpersist.index.atomic_writer import AtomicWriter
+from kvpersist.index.definitions import Definitions
+from kvpersist.index.fields import Part, key_parts
+from kvpersist.index.ordered_writer import OrderedWriter
+from kvpersist.index.reads import Query, Reader
+from kvpersist.index.rebuild import Damage, Reindexed, Reindexer
+from kvpersist.index.writer import Sleep, live, refuse_unkept
 from kvpersist.store import Versioned
 
 if TYPE_CHECKING:

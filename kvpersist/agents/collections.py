@@ -13,7 +13,7 @@ from kvpersist.agents.records import Message, Session, ToolCall
 from kvpersist.agents.stat import Stat
 from kvpersist.codec import JSON, MSGPACK, RecordCodec, frame
 from kvpersist.driver import Entry
-from kvpersist.index_writes import live
+from kvpersist.index.writer import live
 from kvpersist.repository import Repository
 from kvpersist.store import Store
 

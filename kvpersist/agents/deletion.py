@@ -14,10 +14,10 @@ from kvpersist import keys
 from kvpersist.agents.collections import Collections
 from kvpersist.agents.ordered import ordered_writer
 from kvpersist.agents.turns import atomic_writer
-from kvpersist.atomic_writer import _Ops as IndexOps
 from kvpersist.driver import Check, Delete, Entry, Op, Put
 from kvpersist.errors import Conflict, CorruptRecord
-from kvpersist.index_writes import live
+from kvpersist.index.atomic_writer import IndexOps
+from kvpersist.index.writer import live
 from kvpersist.repository import Repository
 
 __all__ = ["PENDING", "Deletions"]
@@ -115,10 +115,10 @@ class Deletions:
             for entry in page:
                 pk = entry.key[len(prefix) :]
                 try:
-                    await writer._index_ops(ops, known, pk, entry, None, None, {})
+                    await writer.index_ops(ops, known, pk, entry, None, None, {})
                 except CorruptRecord:  # its index entries are found by what they point at
-                    ops.by_key.update((await writer._pointing_at(known, pk)).by_key)
-                deletes.append(writer._deletion(entry))
+                    ops.by_key.update((await writer.entries_of(known, pk)).by_key)
+                deletes.append(writer.deletion(entry))
             try:
                 await self._store._commit([marker, known.check, *deletes, *ops.by_key.values()])
             except Conflict as conflict:

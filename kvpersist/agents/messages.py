@@ -14,7 +14,7 @@ from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.records import Message
 from kvpersist.agents.turns import Turns
 from kvpersist.errors import BadRequest, KvError, PartlyDone
-from kvpersist.index_writes import live
+from kvpersist.index.writer import live
 from kvpersist.log import read_range
 from kvpersist.repository import Page
 

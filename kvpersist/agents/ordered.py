@@ -39,12 +39,12 @@ from kvpersist.agents.turns import EXACT
 from kvpersist.driver import ABSENT, Check, Delete, Entry, Op, Put
 from kvpersist.errors import CommitUnknown, Conflict, KvError, ParentGone, UniqueConflict
 from kvpersist.funnel import Built, Funnel
-from kvpersist.index_writes import live
+from kvpersist.index.ordered_writer import OrderedWriter
+from kvpersist.index.writer import live
 from kvpersist.log import after_stat
-from kvpersist.ordered_writer import OrderedWriter
 from kvpersist.repository import Repository
 
-__all__ = ["OrderedTurns"]
+__all__ = ["OrderedTurns", "Recount", "asked_of", "ordered_writer"]
 
 R = TypeVar("R")
 
@@ -190,7 +190,7 @@ class OrderedTurns:
             for slot in known.maintained:
                 for key in slot.keys(message, pk) if slot.bound.unique else ():
                     if key in wanted:
-                        raise writer._taken(slot, key, wanted[key][1])
+                        raise writer.taken(slot, key, wanted[key][1])
                     wanted[key] = slot, pk
         if self._all.own_call_indexes:
             slots = (await self._all.tool_calls._definitions.fresh()).maintained
@@ -203,8 +203,8 @@ class OrderedTurns:
         for claim, holder in zip(claims, holders, strict=True):
             slot, _ = wanted[claim.key]
             holder = live(holder)
-            if holder is not None and claim.key in slot.stored_keys(writer._decoded(holder), claim.value.decode()):
-                raise writer._taken(slot, claim.key, claim.value.decode())
+            if holder is not None and claim.key in slot.stored_keys(writer.decoded(holder), claim.value.decode()):
+                raise writer.taken(slot, claim.key, claim.value.decode())
 
     async def _take_back(self, part: str, messages: Sequence[Message]) -> None:
         for message in messages:

@@ -12,6 +12,7 @@ import msgspec
 from kvpersist.errors import BadRequest
 
 __all__ = [
+    "ROLES",
     "Message",
     "Role",
     "Session",
@@ -22,7 +23,10 @@ __all__ = [
     "ToolCallPart",
     "ToolCallState",
     "ToolStats",
+    "id_text",
+    "moment",
     "new_id",
+    "utc",
 ]
 
 Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]

@@ -16,16 +16,16 @@ from kvpersist.agents.ordered import OrderedTurns, ordered_writer
 from kvpersist.agents.records import Session, SessionStat, new_id, utc
 from kvpersist.agents.stat import Parent, Stat
 from kvpersist.agents.turns import Turns, atomic_writer
-from kvpersist.atomic_writer import _Ops as IndexOps
 from kvpersist.driver import ABSENT, Check, Op, Put
 from kvpersist.errors import BadRequest, Conflict, KeyTooLong, ParentGone, UniqueConflict
-from kvpersist.index_writes import live
+from kvpersist.index.atomic_writer import IndexOps
+from kvpersist.index.writer import live
 from kvpersist.repository import Page
 from kvpersist.transaction import backoff
 
 __all__ = ["Sessions"]
 
-_Ops: TypeAlias = list[Op]
+_List: TypeAlias = list[Op]
 _Sessions: TypeAlias = list[Session]  # in the class below, `list` is a method
 
 _ID_BYTES: Final = 128  # of an encoded session id: what lies below it has to fit behind it
@@ -192,8 +192,8 @@ class Sessions:
         marker = Check(every.deleting_prefix + part, ABSENT)
         for attempt in range(_ATTEMPTS):
             ops = IndexOps()
-            await writer._index_ops(ops, known, part, None, session, None, orphans)
-            batch: _Ops = [
+            await writer.index_ops(ops, known, part, None, session, None, orphans)
+            batch: _List = [
                 marker,
                 Put(birth_key, _BIRTH, ABSENT),
                 known.check,
@@ -211,7 +211,7 @@ class Sessions:
                 elif conflict.key in (birth_key, key):
                     raise UniqueConflict("id", session.id, session.id) from conflict
                 else:
-                    await writer._resolve(known, part, conflict, orphans)
+                    await writer.resolve(known, part, conflict, orphans)
                     await backoff(attempt)
                 continue
             return Check(birth_key, version), version
@@ -239,7 +239,7 @@ class Sessions:
             raise UniqueConflict("id", session.id, session.id) from conflict
         return Check(birth_key, version if birth is None else birth.version), stat_version
 
-    def _beside(self, part: str, stat: Stat, expect: Any = ABSENT) -> _Ops:
+    def _beside(self, part: str, stat: Stat, expect: Any = ABSENT) -> _List:
         key = self._all.stat_prefix + part
         return [
             Put(self._all.updated_key(part, stat.updated_at), part.encode()),

@@ -13,7 +13,7 @@ from kvpersist.agents.items import Begin, End
 from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.records import ToolCall, new_id
 from kvpersist.agents.turns import Turns
-from kvpersist.index_writes import live
+from kvpersist.index.writer import live
 from kvpersist.repository import Page
 
 __all__ = ["Recording", "ToolCalls"]

@@ -34,17 +34,16 @@ from kvpersist.agents.items import (
 )
 from kvpersist.agents.records import Message, Session, ToolCall
 from kvpersist.agents.stat import Draft, Parent, Stat
-from kvpersist.atomic_writer import AtomicWriter
-from kvpersist.atomic_writer import _Ops as IndexOps
-from kvpersist.definitions import Known
 from kvpersist.driver import ABSENT, Check, Delete, Entry, Op, Put
 from kvpersist.errors import Conflict, CorruptRecord, KvError, ParentGone, UniqueConflict
 from kvpersist.funnel import Built, Funnel
-from kvpersist.index_writes import live, version_of
+from kvpersist.index.atomic_writer import AtomicWriter, IndexOps
+from kvpersist.index.definitions import Known
+from kvpersist.index.writer import live, version_of
 from kvpersist.log import after_stat
 from kvpersist.repository import Repository
 
-__all__ = ["EXACT", "Turns", "atomic_writer"]
+__all__ = ["EXACT", "Round", "Turns", "atomic_writer"]
 
 R = TypeVar("R")
 
@@ -112,7 +111,7 @@ class Turns:
                 return None
             if any(slot.bound.unique and conflict.key.startswith(slot.prefix) for slot in known.maintained):
                 try:
-                    await atomic_writer(repository)._resolve(known, "", conflict, self._taken_over)
+                    await atomic_writer(repository).resolve(known, "", conflict, self._taken_over)
                 except UniqueConflict as error:
                     position = (built.claims or {}).get(conflict.key)
                     return None if position is None else (position, error)
@@ -188,12 +187,12 @@ class Round:
             writer, known = await self._using(every.tool_calls)
             for pk, (old, call) in self._calls.items():
                 key = every.call_prefix + pk
-                data = writer._encoded(key, call, old, known)
+                data = writer.encoded(key, call, old, known)
                 self._puts.append(Put(key, data, version_of(old)))
                 if old is None:
                     self._enter(writer, known, pk, call)
                 else:
-                    await writer._index_ops(self._ops, known, pk, old, call, None, {})
+                    await writer.index_ops(self._ops, known, pk, old, call, None, {})
                 if call.state == "pending" and len(data) <= _LARGE:
                     recent[pk] = key, data
         if not self._puts and not self._ops.by_key:
@@ -272,10 +271,10 @@ class Round:
         value = pk.encode()
         ops = self._ops
         for slot in known.maintained:
-            for key in writer._has(slot, record, pk):
+            for key in writer.wanted_keys(slot, record, pk):
                 if slot.bound.unique:
                     if key in ops.claims:  # wanted by another record of this batch
-                        raise writer._taken(slot, key, cast("Put", ops.by_key[key]).value.decode())
+                        raise writer.taken(slot, key, cast("Put", ops.by_key[key]).value.decode())
                     ops.claim(key, slot, value, None, self._orphans.get(key, ABSENT))
                 else:
                     ops.by_key[key] = Put(key, value)
@@ -307,8 +306,8 @@ class Round:
         if entry is None:
             return None
         changed = edited(item.fn, writer._codec, entry)
-        self._puts.append(Put(entry.key, writer._encoded(entry.key, changed, entry, known), entry.version))
-        await writer._index_ops(self._ops, known, pk, entry, changed, None, self._orphans)
+        self._puts.append(Put(entry.key, writer.encoded(entry.key, changed, entry, known), entry.version))
+        await writer.index_ops(self._ops, known, pk, entry, changed, None, self._orphans)
         self._draft.touch(self._all.now())
         return changed
 
@@ -320,15 +319,15 @@ class Round:
         if entry is None:
             return False
         message = writer._codec.decode(entry.key, entry.value)
-        await writer._index_ops(self._ops, known, pk, entry, None, None, {})
-        self._puts.append(writer._deletion(entry))
+        await writer.index_ops(self._ops, known, pk, entry, None, None, {})
+        self._puts.append(writer.deletion(entry))
         self._draft.remove(message)
         call_writer, call_known = await self._using(every.tool_calls)
         async for call_entry in every.calls_of(self._part, number, number):
             call = call_writer._codec.decode(call_entry.key, call_entry.value)
             call_pk = call_entry.key[len(every.call_prefix) :]
-            await call_writer._index_ops(self._ops, call_known, call_pk, call_entry, None, None, {})
-            self._puts.append(call_writer._deletion(call_entry))
+            await call_writer.index_ops(self._ops, call_known, call_pk, call_entry, None, None, {})
+            self._puts.append(call_writer.deletion(call_entry))
             self._draft.count(call, None)
         if message.role == "tool" and message.tool_call_id is not None:
             async for call_entry in every.calls_of(self._part, 0, number - 1):
@@ -374,8 +373,8 @@ class Round:
             raise ParentGone("session", self._session_id)
         changed = edited_session(item.fn, writer._codec, entry, self._draft, every.now())
         stored = msgspec.structs.replace(changed, updated_at=None)
-        self._puts.append(Put(entry.key, writer._encoded(entry.key, stored, entry, known), entry.version))
-        await writer._index_ops(self._ops, known, self._part, entry, stored, None, self._orphans)
+        self._puts.append(Put(entry.key, writer.encoded(entry.key, stored, entry, known), entry.version))
+        await writer.index_ops(self._ops, known, self._part, entry, stored, None, self._orphans)
         return changed
 
     async def _kill(self) -> bool:
@@ -384,10 +383,10 @@ class Round:
         [entry] = await self._store._entries([every.session_prefix + self._part])
         if entry is not None:
             try:
-                await writer._index_ops(self._ops, known, self._part, entry, None, None, {})
+                await writer.index_ops(self._ops, known, self._part, entry, None, None, {})
             except CorruptRecord:  # its index entries are found by what they point at
-                self._ops.by_key.update((await writer._pointing_at(known, self._part)).by_key)
-            self._puts.append(writer._deletion(entry))
+                self._ops.by_key.update((await writer.entries_of(known, self._part)).by_key)
+            self._puts.append(writer.deletion(entry))
         self._puts.append(Delete(parent.birth.key, cast("bytes", parent.birth.expect)))
         self._puts.append(Put(every.deleting_prefix + self._part, b"1"))
         if parent.version:

@@ -17,13 +17,12 @@ from typing import Any, TypeAlias
 import msgspec
 import pytest
 
-from kvpersist import ordered_writer
-from kvpersist.definitions import Slot
 from kvpersist.driver import Capabilities, Check, Delete, Entry, Op, Put
 from kvpersist.errors import CommitUnknown, Conflict, KvError, SchemaChanged, Unsupported
-from kvpersist.index import Index
-from kvpersist.index_writes import TOMBSTONE, version_of
-from kvpersist.ordered_writer import OrderedWriter
+from kvpersist.index import Index, ordered_writer
+from kvpersist.index.definitions import Slot
+from kvpersist.index.ordered_writer import OrderedWriter
+from kvpersist.index.writer import TOMBSTONE, version_of
 from kvpersist.repository import Repository
 
 CHUNKS = 25
@@ -352,8 +351,8 @@ class NoFence(OrderedWriter[Person]):
 
     async def _freed(self, slot: Slot, claim: str, holder: str) -> bool:
         [held] = await self._store._entries([self._records + holder])
-        if held is not None and held.value and claim in slot.stored_keys(self._decoded(held), holder):
-            raise self._taken(slot, claim, holder)
+        if held is not None and held.value and claim in slot.stored_keys(self.decoded(held), holder):
+            raise self.taken(slot, claim, holder)
         return True
 
 
@@ -439,7 +438,7 @@ class UnfencedReaders(OrderedWriter[Person]):
     async def discard(self, slot: Slot, entry: Entry) -> bool:
         [held] = await self._store._entries([self._records + entry.value.decode()])
         pk = entry.value.decode()
-        if held is not None and held.value and entry.key in slot.stored_keys(self._decoded(held), pk):
+        if held is not None and held.value and entry.key in slot.stored_keys(self.decoded(held), pk):
             return False
         try:
             await self._store._commit((self._erasure(entry),))

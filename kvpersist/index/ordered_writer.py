@@ -26,10 +26,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, TypeVar
 
-from kvpersist.definitions import Known, Slot
 from kvpersist.driver import Delete, Entry, Expect, Op, Put
 from kvpersist.errors import Conflict, CorruptRecord, KvError, UniqueConflict, Unsupported
-from kvpersist.index_writes import ATTEMPTS, SHORTEST_LIFE, TOMBSTONE, UNREAD, Writer, live, too_short, version_of
+from kvpersist.index.definitions import Known, Slot
+from kvpersist.index.writer import ATTEMPTS, SHORTEST_LIFE, TOMBSTONE, UNREAD, Writer, live, too_short, version_of
 
 __all__ = ["OrderedWriter"]
 
@@ -64,7 +64,7 @@ class OrderedWriter(Writer[R]):
                 [stored] = await self._store._entries([key])
                 self._required(key, stored, expect)
             seen = None if stored is UNREAD else live(stored)
-            data = self._encoded(key, record, seen, known)
+            data = self.encoded(key, record, seen, known)
             if known.maintained and old is UNREAD and expires_at is not None:
                 if expires_at <= asked:
                     await self.remove(pk, expect=expect if isinstance(expect, bytes) else None)
@@ -77,7 +77,7 @@ class OrderedWriter(Writer[R]):
                 wanted = expect if stored is UNREAD else version_of(stored)
                 return await self._store._commit((Put(key, data, wanted, expires_at),))
             try:
-                before = self._decoded(seen)
+                before = self.decoded(seen)
                 version = await self._write(known, key, pk, stored, before, record, data, expires_at, started)
             except UniqueConflict:
                 raise
@@ -112,7 +112,7 @@ class OrderedWriter(Writer[R]):
                     continue
                 return True
             try:
-                before = self._decoded(old)
+                before = self.decoded(old)
             except CorruptRecord:  # its entries are stale from now on, and removed by readers
                 before = None
             try:
@@ -131,7 +131,7 @@ class OrderedWriter(Writer[R]):
             UniqueConflict: another record holds its value.
         """
         known = await self._definitions.fresh()
-        record = self._decoded(stored)
+        record = self.decoded(stored)
         assert record is not None  # an entry decodes to a record, or raises
         version = await self._write(
             known,
@@ -156,7 +156,7 @@ class OrderedWriter(Writer[R]):
         key = self._records + holder
         [stored] = await self._store._entries([key])
         held = live(stored)
-        if held is not None and entry.key in slot.stored_keys(self._decoded(held), holder):
+        if held is not None and entry.key in slot.stored_keys(self.decoded(held), holder):
             return False
         try:
             await self._fence(key, stored)
@@ -183,8 +183,8 @@ class OrderedWriter(Writer[R]):
         entries: list[str] = []
         stale: list[str] = []
         for slot in known.maintained:
-            had = [] if slot.slot in rebuilt else self._had(slot, before, pk)
-            has = self._had(slot, record, pk) if rebuilt else self._has(slot, record, pk)
+            had = [] if slot.slot in rebuilt else self.held_keys(slot, before, pk)
+            has = self.held_keys(slot, record, pk) if rebuilt else self.wanted_keys(slot, record, pk)
             stale.extend(each for each in had if each not in has)
             added = [each for each in has if each not in had]
             if slot.bound.unique:
@@ -224,8 +224,8 @@ class OrderedWriter(Writer[R]):
         key = self._records + holder
         [stored] = await self._store._entries([key])
         held = live(stored)
-        if held is not None and claim in slot.stored_keys(self._decoded(held), holder):
-            raise self._taken(slot, claim, holder)
+        if held is not None and claim in slot.stored_keys(self.decoded(held), holder):
+            raise self.taken(slot, claim, holder)
         try:
             await self._fence(key, stored)
         except Conflict:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-from kvpersist.definitions import Known, Slot
 from kvpersist.driver import ABSENT, Check, Delete, Entry, Expect, Op, Put
 from kvpersist.errors import Conflict, CorruptRecord, KvError, UniqueConflict
-from kvpersist.index_writes import ATTEMPTS, UNREAD, Writer, version_of
+from kvpersist.index.definitions import Known, Slot
+from kvpersist.index.writer import ATTEMPTS, UNREAD, Writer, version_of
 from kvpersist.keys import prefix_end
 
-__all__ = ["AtomicWriter", "Stage"]
+__all__ = ["AtomicWriter", "IndexOps", "Stage"]
 
 R = TypeVar("R")
 
@@ -23,7 +23,7 @@ class Stage(Protocol):
     def _stage(self, ops: Sequence[Op]) -> None: ...
 
 
-class _Ops:
+class IndexOps:
     """The operations of one atomic batch, at most one per key."""
 
     __slots__ = ("by_key", "claims")
@@ -69,12 +69,12 @@ class AtomicWriter(Writer[R]):
                 self._required(key, stored, expect)
             seen = None if stored is UNREAD else stored
             wanted = expect if stored is UNREAD else version_of(stored)
-            put = Put(key, self._encoded(key, record, seen, known), wanted, expires_at)
+            put = Put(key, self.encoded(key, record, seen, known), wanted, expires_at)
             try:
                 if not known.maintained:
                     return await self._store._commit((known.check, put))
-                ops = _Ops()
-                await self._index_ops(ops, known, pk, seen, record, expires_at, orphans)
+                ops = IndexOps()
+                await self.index_ops(ops, known, pk, seen, record, expires_at, orphans)
                 return await self._store._commit((known.check, put, *ops.by_key.values()))
             except UniqueConflict:
                 raise
@@ -86,7 +86,7 @@ class AtomicWriter(Writer[R]):
                         raise
                     await self.back_off(attempt)
                 else:
-                    await self._resolve(known, pk, conflict, orphans)
+                    await self.resolve(known, pk, conflict, orphans)
         raise Conflict(key, expect)
 
     async def remove(self, pk: str, *, expect: bytes | None = None) -> bool:
@@ -98,13 +98,13 @@ class AtomicWriter(Writer[R]):
                 self._required(key, old, expect)
             if old is None:
                 return False
-            ops = _Ops()
+            ops = IndexOps()
             try:
-                await self._index_ops(ops, known, pk, old, None, None, {})
+                await self.index_ops(ops, known, pk, old, None, None, {})
             except CorruptRecord:
-                ops = await self._pointing_at(known, pk)
+                ops = await self.entries_of(known, pk)
             try:
-                await self._store._commit((known.check, self._deletion(old), *ops.by_key.values()))
+                await self._store._commit((known.check, self.deletion(old), *ops.by_key.values()))
             except Conflict as conflict:
                 if conflict.key == known.check.key:
                     known = await self._definitions.refresh()
@@ -120,7 +120,7 @@ class AtomicWriter(Writer[R]):
         known = await self._definitions.known()
         key = self._records + entry.value.decode()
         [held] = await self._store._entries([key])
-        if held is not None and entry.key in slot.stored_keys(self._decoded(held), entry.value.decode()):
+        if held is not None and entry.key in slot.stored_keys(self.decoded(held), entry.value.decode()):
             return False
         guard = Check(key, ABSENT if held is None else held.version)
         try:
@@ -147,12 +147,12 @@ class AtomicWriter(Writer[R]):
                 return False
             primary: Op = Delete(key)
         else:
-            primary = Put(key, self._encoded(key, record, old, known), None, expires_at)
-        ops = _Ops()
-        await self._index_ops(ops, known, pk, old, record, expires_at, {})
+            primary = Put(key, self.encoded(key, record, old, known), None, expires_at)
+        ops = IndexOps()
+        await self.index_ops(ops, known, pk, old, record, expires_at, {})
         for claim, entry in zip(ops.claims, await tx._entries(list(ops.claims)), strict=True):
             if entry is not None and entry.value.decode() != pk:
-                raise self._taken(ops.claims[claim], claim, entry.value.decode())
+                raise self.taken(ops.claims[claim], claim, entry.value.decode())
         tx._stage([primary, *(_unconditional(op) for op in ops.by_key.values())])
         return True
 
@@ -205,11 +205,11 @@ class AtomicWriter(Writer[R]):
         clashing: list[list[int]] = []
         for chunk in chunks:
             puts: list[Op] = [known.check]
-            ops = _Ops()
+            ops = IndexOps()
             olds = [next(found, None) for _ in chunk]
             for at, old in zip(chunk, olds, strict=True):  # first what is given up, then what is claimed
                 pk, record, _ = items[at]
-                before = self._decoded(old)
+                before = self.decoded(old)
                 for slot in known.maintained if before is not None else ():
                     if slot.state != "building":
                         has = slot.keys(record, pk)
@@ -221,17 +221,17 @@ class AtomicWriter(Writer[R]):
                     pk, record, expires_at = items[at]
                     key = self._records + pk
                     expect = version_of(old) if known.maintained or known.newer else None
-                    puts.append(Put(key, self._encoded(key, record, old, known), expect, expires_at))
-                    await self._index_ops(ops, known, pk, old, record, expires_at, {})
+                    puts.append(Put(key, self.encoded(key, record, old, known), expect, expires_at))
+                    await self.index_ops(ops, known, pk, old, record, expires_at, {})
             except UniqueConflict:
                 clashing.append(chunk)
                 continue
             batches.append([*puts, *ops.by_key.values()])
         return batches, clashing
 
-    async def _index_ops(
+    async def index_ops(
         self,
-        ops: _Ops,
+        ops: IndexOps,
         known: Known,
         pk: str,
         old: Entry | None,
@@ -240,12 +240,12 @@ class AtomicWriter(Writer[R]):
         taken_over: dict[str, bytes],
     ) -> None:
         """Add what takes the indexes from ``old`` to ``record`` (None: to nothing)."""
-        before = self._decoded(old)
+        before = self.decoded(old)
         value = pk.encode()
         renewed = old is not None and old.expires_at != expires_at  # entries carry the record's expiry
         for slot in known.maintained:
-            had = self._had(slot, before, pk)
-            has = self._has(slot, record, pk)
+            had = self.held_keys(slot, before, pk)
+            has = self.wanted_keys(slot, record, pk)
             gone = [key for key in had if key not in has]
             kept = [key for key in has if key in had] if renewed else []
             if slot.bound.unique and slot.state == "building" and (gone or kept):
@@ -264,7 +264,7 @@ class AtomicWriter(Writer[R]):
             for key in (*kept, *added):
                 prior = ops.by_key.get(key)
                 if type(prior) is Put and prior.value != value:  # claimed by another record of this batch
-                    raise self._taken(slot, key, prior.value.decode())
+                    raise self.taken(slot, key, prior.value.decode())
             for key in kept:
                 ops.put(key, value, expires_at)
             for key in added:
@@ -273,7 +273,7 @@ class AtomicWriter(Writer[R]):
                 else:
                     ops.put(key, value, expires_at)
 
-    async def _resolve(self, known: Known, pk: str, conflict: Conflict, orphans: dict[str, bytes]) -> None:
+    async def resolve(self, known: Known, pk: str, conflict: Conflict, orphans: dict[str, bytes]) -> None:
         """Look at a claim that is not free: raise if its holder lives, else note that it may be taken over.
 
         A holder that comes back to the value meanwhile has to rewrite the claim, so its version decides.
@@ -286,13 +286,13 @@ class AtomicWriter(Writer[R]):
         holder = claim.value.decode()
         if holder != pk:
             [held] = await self._store._entries([self._records + holder])
-            if held is not None and claim.key in slot.stored_keys(self._decoded(held), holder):
-                raise self._taken(slot, claim.key, holder)
+            if held is not None and claim.key in slot.stored_keys(self.decoded(held), holder):
+                raise self.taken(slot, claim.key, holder)
         orphans[claim.key] = claim.version
 
-    async def _pointing_at(self, known: Known, pk: str) -> _Ops:
+    async def entries_of(self, known: Known, pk: str) -> IndexOps:
         """Find the entries of a record that cannot be read, by looking at all of them."""
-        ops = _Ops()
+        ops = IndexOps()
         for slot in known.maintained:
             start: str | None = slot.prefix
             while start is not None:
@@ -303,7 +303,7 @@ class AtomicWriter(Writer[R]):
                 start = page[-1].key + "!" if len(page) == 500 else None
         return ops
 
-    def _deletion(self, old: Entry) -> Delete:
+    def deletion(self, old: Entry) -> Delete:
         return Delete(old.key, old.version if self._store.capabilities.conditional_delete else None)
 
 

@@ -9,14 +9,14 @@ import msgspec
 
 from kvpersist import keys
 from kvpersist.codec import RecordCodec
-from kvpersist.definitions import BytesStore, Definition, Definitions, Known, Slot, State
 from kvpersist.driver import ABSENT, Check, Delete, Entry, Op, Put
 from kvpersist.errors import BadOption, Conflict, CorruptRecord, KvError, SchemaChanged, UniqueConflict
-from kvpersist.index import BoundIndex
-from kvpersist.index_writes import Sleep, Writer, live
-from kvpersist.ordered_writer import OrderedWriter
+from kvpersist.index.declaration import BoundIndex
+from kvpersist.index.definitions import BytesStore, Definition, Definitions, Known, Slot, State
+from kvpersist.index.ordered_writer import OrderedWriter
+from kvpersist.index.writer import Sleep, Writer, live
 
-__all__ = ["Damage", "Duplicate", "Reindexed", "Reindexer"]
+__all__ = ["GRACE", "Damage", "Duplicate", "Reindexed", "Reindexer"]
 
 R = TypeVar("R")
 

@@ -17,7 +17,7 @@ import msgspec
 
 from kvpersist import keys
 from kvpersist.errors import BadKey, BadOption, Unencodable
-from kvpersist.index_fields import KINDS, Part, field_at, getter, returned_kind
+from kvpersist.index.fields import KINDS, Part, field_at, getter, returned_kind
 
 __all__ = ["BoundIndex", "Index", "Range", "Spec", "at_least", "at_most", "between", "bind"]
 

@@ -7,13 +7,14 @@ backends that apply a batch operation by operation.
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Generic, TypeVar
 
 from kvpersist.codec import RecordCodec
-from kvpersist.definitions import BytesStore, Definitions, Known, Slot
 from kvpersist.driver import ABSENT, Entry, Expect
 from kvpersist.errors import Conflict, UniqueConflict, Unsupported
+from kvpersist.index.definitions import BytesStore, Definitions, Known, Slot
 from kvpersist.keys import check_key, unescape
 
 __all__ = [
@@ -54,7 +55,7 @@ def live(entry: Entry | None) -> Entry | None:
     return None if entry is None or entry.value == TOMBSTONE else entry
 
 
-class Writer(Generic[R]):
+class Writer(ABC, Generic[R]):
     """What both ways share."""
 
     def __init__(
@@ -67,6 +68,7 @@ class Writer(Generic[R]):
         self._records = records
         self._sleep = sleep
 
+    @abstractmethod
     async def save(
         self,
         pk: str,
@@ -88,34 +90,33 @@ class Writer(Generic[R]):
             Conflict: not as expected, or lost to other writers too often.
             UniqueConflict: another record holds a unique value. Nothing was changed.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     async def remove(self, pk: str, *, expect: bytes | None = None) -> bool:
         """Remove the record and its index entries; False where there is none.
 
         Raises:
             Conflict: another version than ``expect`` is there.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     async def discard(self, slot: Slot, entry: Entry) -> bool:
         """Remove an index entry that its record does not account for; False: it is not stale after all."""
-        raise NotImplementedError
 
-    def _encoded(self, key: str, record: R, old: Entry | None, known: Known) -> bytes:
+    def encoded(self, key: str, record: R, old: Entry | None, known: Known) -> bytes:
         # without atomic batches a newer schema may not be known of yet
         looks = known.newer or self._store.capabilities.atomic_batch == "none"
         if looks and old is not None and self._codec.decode_newer(key, old.value) is not None:
             return self._codec.encode_keeping(key, record, old.value)
         return self._codec.encode(key, record)
 
-    def _decoded(self, entry: Entry | None) -> R | None:
+    def decoded(self, entry: Entry | None) -> R | None:
         return None if entry is None else self._codec.decode(entry.key, entry.value)
 
     async def back_off(self, attempt: int) -> None:
         await self._sleep(random.uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt)))
 
-    def _taken(self, slot: Slot, claim: str, holder: str) -> UniqueConflict:
+    def taken(self, slot: Slot, claim: str, holder: str) -> UniqueConflict:
         return UniqueConflict(slot.bound.name, slot.bound.shown(claim[len(slot.prefix) :]), _shown(holder))
 
     def _required(self, key: str, stored: Entry | None, expect: Expect | None) -> None:
@@ -125,11 +126,11 @@ class Writer(Generic[R]):
         if expect is not None and found != expect:
             raise Conflict(key, expect, found)
 
-    def _had(self, slot: Slot, record: Any, pk: str) -> list[str]:
+    def held_keys(self, slot: Slot, record: Any, pk: str) -> list[str]:
         """Return the keys of the entries that a stored record has."""
         return [] if record is None else slot.stored_keys(record, pk)
 
-    def _has(self, slot: Slot, record: Any, pk: str) -> list[str]:
+    def wanted_keys(self, slot: Slot, record: Any, pk: str) -> list[str]:
         """Return the keys of the entries that a new record needs. Raises Unencodable, KeyTooLong."""
         found = slot.keys(record, pk) if record is not None else []
         for key in found:

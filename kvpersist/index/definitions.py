@@ -25,7 +25,7 @@ import msgspec
 from kvpersist import keys
 from kvpersist.driver import ABSENT, Capabilities, Check, Clock, Entry, Op, Put
 from kvpersist.errors import BadKey, BadOption, Conflict, CorruptRecord, KvError, ReadOnly, SchemaChanged
-from kvpersist.index import BoundIndex, Index, Spec, bind
+from kvpersist.index.declaration import BoundIndex, Index, Spec, bind
 
 __all__ = ["LEASE", "BytesStore", "Definition", "Definitions", "Known", "Slot", "State", "StoredIndex"]
 

@@ -12,12 +12,12 @@ import msgspec
 
 from kvpersist import keys
 from kvpersist.codec import RecordCodec
-from kvpersist.definitions import BytesStore, Definitions, Known, Slot
 from kvpersist.driver import Entry
 from kvpersist.errors import BadCursor, BadRequest, IndexNotReady, KvError, NoIndex, Unencodable
-from kvpersist.index import BoundIndex, Range
-from kvpersist.index_fields import Part
-from kvpersist.index_writes import Writer, live
+from kvpersist.index.declaration import BoundIndex, Range
+from kvpersist.index.definitions import BytesStore, Definitions, Known, Slot
+from kvpersist.index.fields import Part
+from kvpersist.index.writer import Writer, live
 
 __all__ = ["Query", "Reader"]
 

@@ -27,7 +27,7 @@ from kvpersist.index.atomic_writer import AtomicWriter
 from kvpersist.index.definitions import Definitions
 from kvpersist.index.fields import Part, key_parts
 from kvpersist.index.ordered_writer import OrderedWriter
-from kvpersist.index.reads import Query, Reader
+from kvpersist.index.reads import OnCorrupt, Query, Reader
 from kvpersist.index.rebuild import Damage, Reindexed, Reindexer
 from kvpersist.index.writer import Sleep, live, refuse_unkept
 from kvpersist.store import Versioned
@@ -97,6 +97,8 @@ class Repository(Generic[R]):
         self.store = store
         self.name = keys.check_name(name, "collection")
         self.namespace = keys.namespace(namespace)
+        if self.namespace == "kvpersist":
+            raise BadKey(namespace, "this namespace is the store's own: choose another")
         self.indexes: tuple[BoundIndex, ...] = tuple(bind(index, type) for index in indexes)
         names = [index.name for index in self.indexes]
         if len(set(names)) != len(names):
@@ -278,12 +280,16 @@ class Repository(Generic[R]):
 
     # ---- queries
 
-    async def find(self, *, limit: int = 100, **where: Any) -> list[R]:
+    async def find(self, *, limit: int = 100, on_corrupt: OnCorrupt | None = None, **where: Any) -> list[R]:
         """Return up to ``limit`` records through the index that answers ``where``, in its order.
 
         ``field=value`` for the index's fields (a collection's: "contains"), and one range, made with
         `between`, `at_least` or `at_most`, for the field that follows them or orders. Without
         conditions: by the index that has only an order, else by key.
+
+        Args:
+            on_corrupt: is handed the error of each damaged record, and the list goes on past it; without
+                it, the error is raised.
 
         Raises:
             NoIndex: no declared index answers this; the error names them.
@@ -291,7 +297,7 @@ class Repository(Generic[R]):
         """
         while True:
             query = await self._reader.query(where)
-            found, _ = await self._reader.records(query, query.start, _bounded(limit))
+            found, _ = await self._reader.records(query, query.start, _bounded(limit), on_corrupt)
             if await self._reader.unchanged(query):
                 return [record for _, record in found]
 
@@ -300,7 +306,9 @@ class Repository(Generic[R]):
         found = await self.find(limit=1, **where)
         return found[0] if found else None
 
-    async def page(self, *, limit: int = 100, after: str | None = None, **where: Any) -> Page[R]:
+    async def page(
+        self, *, limit: int = 100, after: str | None = None, on_corrupt: OnCorrupt | None = None, **where: Any
+    ) -> Page[R]:
         """Return one page as `find` does, and the cursor that `after` takes for the next.
 
         Raises:
@@ -309,13 +317,13 @@ class Repository(Generic[R]):
         while True:
             query = await self._reader.query(where)
             start = query.start if after is None else self._reader.position(query, after)
-            found, _ = await self._reader.records(query, start, _bounded(limit) + 1)
+            found, _ = await self._reader.records(query, start, _bounded(limit) + 1, on_corrupt)
             if await self._reader.unchanged(query):
                 break
         cursor = self._reader.cursor(query, found[limit - 1][0]) if len(found) > limit else None
         return Page([record for _, record in found[:limit]], cursor)
 
-    async def iterate(self, **where: Any) -> AsyncIterator[R]:
+    async def iterate(self, *, on_corrupt: OnCorrupt | None = None, **where: Any) -> AsyncIterator[R]:
         """Yield every record that `find` would without a limit, 100 in memory at a time.
 
         Without conditions: every record of the collection, by key.
@@ -323,7 +331,7 @@ class Repository(Generic[R]):
         query = await self._reader.query(where, whole=True)
         start: str | None = query.start
         while start is not None:
-            found, start = await self._reader.records(query, start, _PAGE)
+            found, start = await self._reader.records(query, start, _PAGE, on_corrupt)
             if not await self._reader.unchanged(query):
                 query = await self._again(query, where)
             for _, record in found:

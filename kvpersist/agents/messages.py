@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, cast
 from uuid import UUID
 
@@ -13,7 +13,9 @@ from kvpersist.agents.items import Edit, RemoveMessage, Turn, checked
 from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.records import Message
 from kvpersist.agents.turns import Turns
-from kvpersist.errors import BadRequest, KvError, PartlyDone
+from kvpersist.driver import Entry
+from kvpersist.errors import BadRequest, CorruptRecord, KvError, PartlyDone
+from kvpersist.index.reads import OnCorrupt
 from kvpersist.index.writer import live
 from kvpersist.log import read_range
 from kvpersist.repository import Page
@@ -114,22 +116,32 @@ class Messages:
         before: int | None = None,
         limit: int = 100,
         reverse: bool = False,
+        on_corrupt: OnCorrupt | None = None,
     ) -> list[Message]:
-        """Return up to ``limit`` messages with ``after < number < before``; ``reverse`` starts at the newest."""
-        decode = self._all.messages._codec.decode
-        prefix = self._prefix(session_id)
-        found = await read_range(self._store, prefix, after, before, limit, reverse, self._last_number, str(session_id))
-        return [decode(entry.key, entry.value) for entry in found]
+        """Return up to ``limit`` messages with ``after < number < before``; ``reverse`` starts at the newest.
 
-    async def iterate(self, session_id: str | UUID, *, after: int = 0) -> AsyncIterator[Message]:
-        """Yield a session's messages in order, 250 in memory at a time; those appended meanwhile too."""
+        Args:
+            on_corrupt: is handed the error of each damaged message, which is left out; without it, the
+                error is raised.
+        """
+        found = await self._entries(session_id, after, before, limit, reverse)
+        return list(self._decoded(found, on_corrupt))
+
+    async def iterate(
+        self, session_id: str | UUID, *, after: int = 0, on_corrupt: OnCorrupt | None = None
+    ) -> AsyncIterator[Message]:
+        """Yield a session's messages in order, 250 in memory at a time; those appended meanwhile too.
+
+        ``on_corrupt`` as for `range`.
+        """
+        prefix = self._prefix(session_id)
         while True:
-            page = await self.range(session_id, after=after, limit=_PAGE)
-            for message in page:
+            found = await self._entries(session_id, after, None, _PAGE, False)
+            for message in self._decoded(found, on_corrupt):
                 yield message
-            if len(page) < _PAGE:
+            if len(found) < _PAGE:
                 return
-            after = page[-1].number
+            after = keys.decode(found[-1].key[len(prefix) :], int)
 
     async def count(self, session_id: str | UUID) -> int:
         """Count a session's messages, without reading them; 0 where there is no such session."""
@@ -228,6 +240,22 @@ class Messages:
             if page.cursor is None:
                 return
             cursor = page.cursor
+
+    async def _entries(
+        self, session_id: str | UUID, after: int, before: int | None, limit: int, reverse: bool
+    ) -> list[Entry]:
+        prefix = self._prefix(session_id)
+        return await read_range(self._store, prefix, after, before, limit, reverse, self._last_number, str(session_id))
+
+    def _decoded(self, found: Sequence[Entry], on_corrupt: OnCorrupt | None) -> Iterator[Message]:
+        decode = self._all.messages._codec.decode
+        for entry in found:
+            try:
+                yield decode(entry.key, entry.value)
+            except CorruptRecord as error:
+                if on_corrupt is None:
+                    raise
+                on_corrupt(error)
 
     def _prefix(self, session_id: str | UUID) -> str:
         return f"{self._all.message_prefix}{keys.encode(str(session_id))}!"

@@ -21,7 +21,9 @@ from kvpersist.index.fields import KINDS, Part, field_at, getter, returned_kind
 
 __all__ = ["BoundIndex", "Index", "Range", "Spec", "at_least", "at_most", "between", "bind"]
 
-_TAKEN: Final = frozenset(("limit", "after"))  # arguments of the queries, so no field can be asked for by these
+_TAKEN: Final = frozenset(
+    ("limit", "after", "on_corrupt")
+)  # arguments of the queries, so no field can be asked for by these
 _DIGEST: Final = 8  # bytes of a fingerprint
 
 

@@ -6,22 +6,25 @@ import base64
 import binascii
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 import msgspec
 
 from kvpersist import keys
 from kvpersist.codec import RecordCodec
 from kvpersist.driver import Entry
-from kvpersist.errors import BadCursor, BadRequest, IndexNotReady, KvError, NoIndex, Unencodable
+from kvpersist.errors import BadCursor, BadRequest, CorruptRecord, IndexNotReady, KvError, NoIndex, Unencodable
 from kvpersist.index.declaration import BoundIndex, Range
 from kvpersist.index.definitions import BytesStore, Definitions, Known, Slot
 from kvpersist.index.fields import Part
 from kvpersist.index.writer import Writer, live
 
-__all__ = ["Query", "Reader"]
+__all__ = ["OnCorrupt", "Query", "Reader"]
 
 R = TypeVar("R")
+
+OnCorrupt: TypeAlias = Callable[[CorruptRecord], None]
+"""Is handed the error of each damaged record that a query passes over."""
 
 _COUNTED: Final = 1000  # keys read at once
 _EXTRA: Final = 8  # entries read beyond what is still wanted after a page shrank
@@ -81,8 +84,13 @@ class Reader(Generic[R]):
         known = await self._definitions.fresh()
         return self._plan(known, where)
 
-    async def records(self, query: Query, start: str, limit: int) -> tuple[list[tuple[str, R]], str | None]:
-        """Return up to ``limit`` pairs of key and record from ``start``, and where to go on (None: at the end)."""
+    async def records(
+        self, query: Query, start: str, limit: int, on_corrupt: OnCorrupt | None = None
+    ) -> tuple[list[tuple[str, R]], str | None]:
+        """Return up to ``limit`` pairs of key and record from ``start``, and where to go on (None: at the end).
+
+        ``on_corrupt`` is handed each damaged record, which is passed over; without it, it is raised.
+        """
         found: list[tuple[str, R]] = []
         discarded = 0
         wanted = limit
@@ -92,7 +100,13 @@ class Reader(Generic[R]):
                 if target is None:
                     record = None
                 else:
-                    record = self._codec.decode(target.key, target.value)
+                    try:
+                        record = self._codec.decode(target.key, target.value)
+                    except CorruptRecord as error:
+                        if on_corrupt is None:
+                            raise
+                        on_corrupt(error)
+                        continue
                     if not self._holds(query, entry, record):
                         record = None
                 if record is not None:

@@ -11,11 +11,13 @@ import msgspec
 import pytest
 
 import kvpersist
-from kvpersist import Index, Message, ToolCallPart
+from kvpersist import Index, Message, ToolCallPart, keys
 from kvpersist.agents.persistence import Persistence
+from kvpersist.driver import Put
 from kvpersist.errors import (
     BadRequest,
     CommitUnknown,
+    CorruptRecord,
     KvError,
     ParentGone,
     PartlyDone,
@@ -398,3 +400,21 @@ async def test_a_turn_whose_answer_is_lost_is_found_to_have_happened(
         assert (await again.messages.append(session, Message("user", "next"))).number == 4
     assert await contents(db, session) == ["warm", "a", "b", "next"]
     await sound(db)
+
+
+async def test_a_damaged_message_is_named_and_reading_goes_on_past_it(db: Persistence, session: str) -> None:
+    await db.messages.append_many(session, said("a", "b", "c"))
+    key = f"kv:message:{session}!{keys.encode(2)}"
+    [entry] = await db.store._entries([key])
+    assert entry is not None
+    await db.store._commit((Put(key, entry.value[:-1] + bytes([entry.value[-1] ^ 1])),))
+
+    with pytest.raises(CorruptRecord) as caught:
+        await db.messages.last(session, 3)
+    skipped: list[CorruptRecord] = []
+    ranged = await db.messages.range(session, on_corrupt=skipped.append)
+    every = [message.content async for message in db.messages.iterate(session, on_corrupt=skipped.append)]
+
+    assert caught.value.key == key
+    assert [message.content for message in ranged] == every == ["a", "c"]
+    assert [error.key for error in skipped] == [key, key]

@@ -891,3 +891,27 @@ async def test_a_ttl_shorter_than_a_save_is_refused_where_batches_are_not_atomic
         await Repository(store, User, name="plain", ttl=10).put(User(id="a"))
         await users.put(User(id="a"), ttl=60)
         assert await users.put(User(id="b"), expect=ABSENT, ttl=-1) is not None
+
+
+async def test_a_damaged_record_is_named_and_a_list_goes_on_past_it(users: Repository[User]) -> None:
+    await users.put_many([User(id=each, team="a") for each in "xyz"])
+    [entry] = await users.store._entries(["kv:user:y"])
+    assert entry is not None
+    await users.store._commit((Put("kv:user:y", entry.value[:-1] + bytes([entry.value[-1] ^ 1])),))
+
+    for call in (users.get("y"), users.find(team="a"), users.page(team="a")):
+        with pytest.raises(CorruptRecord) as caught:
+            await call
+        assert caught.value.key == "kv:user:y"
+    skipped: list[CorruptRecord] = []
+    found = await users.find(team="a", on_corrupt=skipped.append)
+    page = await users.page(team="a", limit=2, on_corrupt=skipped.append)
+    every = [user.id async for user in users.iterate(on_corrupt=skipped.append)]
+
+    assert sorted(ids(found)) == sorted(ids(page.items)) == every == ["x", "z"]
+    assert [error.key for error in skipped] == ["kv:user:y"] * 3
+
+
+async def test_the_stores_own_namespace_is_refused(store: Store) -> None:
+    with pytest.raises(BadKey):
+        Repository(store, User, name="user", namespace="kvpersist")

@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
-from typing import Final
+from typing import Final, TypeGuard
 
 from cyclopts import App, Group, Parameter
 
@@ -28,6 +28,12 @@ _RECORDS: Final = Group("Conversations", sort_key=1)
 _KEYS: Final = Group("Raw keys", sort_key=2)
 _SETTINGS: Final = Group("Settings", sort_key=3)
 
+
+def _shown_default(value: object) -> str | None:
+    """What help says of a default; nothing of a flag that is not set, or of a text that is empty."""
+    return None if value is False or value == "" else str(value)
+
+
 app = App(
     name="kvpersist",
     help="Everything an agent says, calls and makes, kept in any store and found again.",
@@ -36,28 +42,35 @@ app = App(
         "`kvpersist config --origins` says which."
     ),
     version=kvpersist.__version__,
-    default_parameter=Parameter(negative=""),
+    default_parameter=Parameter(negative="", show_default=_shown_default),
     result_action="return_value",
     suppress_keyboard_interrupt=False,
     error_formatter=lambda error: f"{error}\n  --help tells more",
 )
 
-for name, target, group, help_ in (
-    ("demo", "chats:demo", _RECORDS, "Put a sample conversation into the store and show it."),
-    ("import", "chats:import_", _RECORDS, "Import conversations from files."),
-    ("sessions", "chats:sessions", _RECORDS, "List sessions, newest first."),
-    ("timeline", "chats:timeline", _RECORDS, "Show a session: messages, tool calls, results, errors."),
-    ("search", "chats:search", _RECORDS, "Find messages by their text."),
-    ("stats", "chats:stats", _RECORDS, "Count what the store holds."),
-    ("export", "chats:export", _RECORDS, "Write a session to stdout."),
-    ("ls", "keys:ls", _KEYS, "List keys."),
-    ("get", "keys:get", _KEYS, "Print the value of a key."),
-    ("put", "keys:put", _KEYS, "Store a value under a key."),
-    ("rm", "keys:rm", _KEYS, "Remove keys."),
-    ("drivers", "settings:drivers", _SETTINGS, "List the drivers, and what is wrong with them."),
-    ("config", "settings:config", _SETTINGS, "Show the settings, and where they come from."),
+for name, arguments, target, group, help_ in (
+    ("demo", "", "chats:demo", _RECORDS, "Put a sample conversation into the store and show it."),
+    ("import", "FILE...", "chats:import_", _RECORDS, "Import conversations from files."),
+    ("sessions", "", "chats:sessions", _RECORDS, "List sessions, newest first."),
+    ("timeline", "ID", "chats:timeline", _RECORDS, "Show a session: messages, tool calls, results, errors."),
+    ("search", "TEXT", "chats:search", _RECORDS, "Find messages by their text."),
+    ("stats", "", "chats:stats", _RECORDS, "Count what the store holds."),
+    ("export", "ID", "chats:export", _RECORDS, "Write a session to stdout."),
+    ("ls", "[PREFIX]", "keys:ls", _KEYS, "List keys."),
+    ("get", "KEY", "keys:get", _KEYS, "Print the value of a key."),
+    ("put", "KEY [VALUE]", "keys:put", _KEYS, "Store a value under a key."),
+    ("rm", "KEY... | --prefix TEXT", "keys:rm", _KEYS, "Remove keys."),
+    ("drivers", "", "settings:drivers", _SETTINGS, "List the drivers, and what is wrong with them."),
+    ("config", "", "settings:config", _SETTINGS, "Show the settings, and where they come from."),
 ):
-    app.command(f"kvpersist.cli.{target}", name=name, group=group, help=help_)
+    app.command(
+        f"kvpersist.cli.{target}",
+        name=name,
+        group=group,
+        help=help_,
+        help_epilogue="",
+        usage=f"Usage: kvpersist {name} [OPTIONS] {arguments}".rstrip(),
+    )
 
 _CODES: Final[tuple[tuple[type[BaseException], int], ...]] = (
     (errors.MalformedRecord, 1),
@@ -81,14 +94,14 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         result = app(_global_last(given))
     except SystemExit as stop:  # cyclopts has told of a usage error already
+        if isinstance(stop.__context__, BrokenPipeError):  # rich met it while it printed help
+            return _reader_gone()
         return stop.code if isinstance(stop.code, int) else 1
     except (KeyboardInterrupt, asyncio.CancelledError):
         _interrupted(given)
         return 130
     except BrokenPipeError:
-        # The reader went away, as in `| head`; keep the interpreter from flushing into the pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _reader_gone()
     except Exception as error:  # whatever happened, a user gets a line and a code, not a traceback
         if os.environ.get("KVPERSIST_TRACEBACK"):
             raise
@@ -97,8 +110,16 @@ def run(argv: Sequence[str] | None = None) -> int:
     return result if isinstance(result, int) else 0
 
 
+def _reader_gone() -> int:
+    """The reader went away, as in `| head`; keep the interpreter from flushing into the pipe at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
 def exit_code(error: BaseException) -> int:
     """The exit code that stands for an error."""
+    if _is_absent(error):
+        return 3
     return next((code for kind, code in _CODES if isinstance(error, kind)), 1)
 
 
@@ -116,7 +137,7 @@ def _tell(error: BaseException) -> None:
     while type(error) is ImportError and error.__cause__ is not None:  # cyclopts loading a command's module
         error = error.__cause__
     if isinstance(error, errors.KvError):
-        say(f"{error.code} {error}", style="red")
+        say(f"{error.code} {f'there is no store at {error.where}' if _is_absent(error) else error}", style="red")
         if hint := _next_step(error):
             say(f"  {hint}")
     elif isinstance(error, OSError) and error.filename is not None:
@@ -126,15 +147,23 @@ def _tell(error: BaseException) -> None:
         say("  KVPERSIST_TRACEBACK=1 shows where; please report it")
 
 
+def _is_absent(error: BaseException) -> TypeGuard[errors.FormatMismatch]:
+    return isinstance(error, errors.FormatMismatch) and error.found == "nothing"
+
+
 def _next_step(error: errors.KvError) -> str:
     """What to do next, where the message itself does not say it."""
     match error:
         case errors.DeadlineExceeded() | errors.Busy():
             return ""
         case errors.Unavailable():
-            return "is the server up, and the URL right? try: kvpersist config --origins"
+            return "is it the store that is meant, and is it up? try: kvpersist config --origins"
         case errors.UnknownScheme() | errors.BrokenPlugin():
             return "try: kvpersist drivers"
+        case errors.FormatMismatch():
+            if _is_absent(error):
+                return "correct its name, or make it with demo, import or put; try: kvpersist config --origins"
+            return "try: kvpersist config --origins"
         case errors.MalformedRecord():
             return "correct it and import again, or leave such records out: --on-error skip"
         case _:

@@ -16,9 +16,10 @@ from cyclopts import Parameter
 import kvpersist
 from kvpersist.agents.persistence import Persistence
 from kvpersist.agents.records import Message, Session, SessionStat, TimelineItem
-from kvpersist.cli.options import FOR_PEOPLE, USUAL_STORE, Output, StoreOption
+from kvpersist.cli.options import FOR_PEOPLE, USUAL_STORE, Count, Output, StoreOption
 from kvpersist.cli.render import (
     ago,
+    counted,
     one_line,
     print_items,
     print_json,
@@ -49,6 +50,9 @@ async def demo(*, store: StoreOption = USUAL_STORE) -> int:
             report = await import_chats(db, path, user=_DEMO_USER)
         assert report.first is not None
         await _show(db, report.first, full=False)
+        kept = db.store.capabilities.shared
+    if not kept:  # nothing that could be tried next would find it
+        return 0
     where = f" --url {shlex.quote(redact(store.url))}" if store.url else ""
     say("Try next:")
     say(f"  kvpersist sessions{where}")
@@ -102,7 +106,7 @@ async def import_(
 async def sessions(
     *,
     user: str | None = None,
-    limit: Annotated[int, Parameter(name=["--limit", "-n"])] = 20,
+    limit: Count = 20,
     all: bool = False,
     store: StoreOption = USUAL_STORE,
     output: Output = FOR_PEOPLE,
@@ -116,14 +120,14 @@ async def sessions(
         store: which store.
         output: in which form.
     """
-    async with kvpersist.open(store.url) as db:
+    async with kvpersist.open(store.existing()) as db:
         rows = _sessions(db, user, None if all else limit)
         if output.json or output.jsonl:
             await print_items((_plain_session(session, stat) async for session, stat in rows), output)
             return 0
         found = [row async for row in rows]
         if not found:
-            say("no sessions here yet; try: kvpersist demo")
+            say("no sessions here yet; try: kvpersist demo" if user is None else f"no sessions of user {user!r}")
             return 0
         titles = await asyncio.gather(*(_title(db, session) for session, _ in found))
     now = datetime.now(UTC)
@@ -164,7 +168,7 @@ async def timeline(
         store: which store.
         output: in which form.
     """
-    async with kvpersist.open(store.url) as db:
+    async with kvpersist.open(store.existing()) as db:
         if output.json or output.jsonl:
             session = await db.sessions.get(session_id)
             if session is None:
@@ -183,7 +187,7 @@ async def search(
     *,
     user: str | None = None,
     session: str | None = None,
-    limit: Annotated[int, Parameter(name=["--limit", "-n"])] = 20,
+    limit: Count = 20,
     scan: int = 10_000,
     store: StoreOption = USUAL_STORE,
     output: Output = FOR_PEOPLE,
@@ -199,7 +203,7 @@ async def search(
         store: which store.
         output: in which form.
     """
-    async with kvpersist.open(store.url) as db:
+    async with kvpersist.open(store.existing()) as db:
         found = await db.messages.search(text, user_id=user, session_id=session, limit=limit, scanned=scan)
     if output.json or output.jsonl:
         for value in found if output.jsonl else [found]:
@@ -220,18 +224,18 @@ async def search(
 
 async def stats(*, store: StoreOption = USUAL_STORE, output: Output = FOR_PEOPLE) -> int:
     """Count what the store holds, without reading contents."""
-    async with kvpersist.open(store.url) as db:
-        counted = await db.stats()
+    async with kvpersist.open(store.existing()) as db:
+        total = await db.stats()
     if output.json or output.jsonl:
-        print_json(msgspec.to_builtins(counted), compact=output.jsonl)
+        print_json(msgspec.to_builtins(total), compact=output.jsonl)
         return 0
     rows: list[tuple[str, str]] = [
-        ("sessions", f"{counted.sessions:,}"),
-        ("messages", f"{counted.messages:,}"),
-        *((f"  {one_line(role)}", f"{count:,}") for role, count in _most_first(counted.messages_by_role)),
-        ("tool calls", f"{counted.tool_calls:,}"),
-        *((f"  {one_line(name)}", f"{count:,}") for name, count in _most_first(counted.tool_calls_by_name)),
-        ("tool errors", f"{counted.tool_errors:,}"),
+        ("sessions", f"{total.sessions:,}"),
+        ("messages", f"{total.messages:,}"),
+        *((f"  {one_line(role)}", f"{count:,}") for role, count in _most_first(total.messages_by_role)),
+        ("tool calls", f"{total.tool_calls:,}"),
+        *((f"  {one_line(name)}", f"{count:,}") for name, count in _most_first(total.tool_calls_by_name)),
+        ("tool errors", f"{total.tool_errors:,}"),
     ]
     width = max(len(name) for name, _ in rows) + 2
     numbers = max(len(number) for _, number in rows)
@@ -257,7 +261,7 @@ async def export(
         output: in which form.
     """
     chosen: ExportFormat = format or ("jsonl" if output.jsonl else "kvpersist")
-    async with kvpersist.open(store.url) as db:
+    async with kvpersist.open(store.existing()) as db:
         data = await export_session(db, session_id, chosen)
     if data is None:
         return _no_session(session_id)
@@ -339,7 +343,7 @@ def _plain_report(report: ImportReport) -> dict[str, Any]:
 def _tell_import(report: ImportReport) -> None:
     for one in report.skipped:
         say(f"{one.code} skipped {one}", style="yellow")
-    parts = [f"{report.sessions:,} sessions with {report.messages:,} messages imported"]
+    parts = [f"{counted(report.sessions, 'session')} with {counted(report.messages, 'message')} imported"]
     if report.completed:
         parts.append(f"{report.completed:,} completed")
     if report.present:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from cyclopts import Parameter
 
-from kvpersist.cli.options import FOR_PEOPLE, USUAL_STORE, Output, StoreOption
+from kvpersist.cli.options import FOR_PEOPLE, USUAL_STORE, Count, Output, StoreOption
 from kvpersist.cli.render import clean, is_terminal, print_items, print_json, read_stdin, say, write, write_bytes
 from kvpersist.driver import ABSENT
-from kvpersist.errors import BadOption, CorruptRecord
+from kvpersist.errors import BadOption, CorruptRecord, ReservedNamespace
+from kvpersist.keys import partition
 from kvpersist.store import Store, open_store
 from kvpersist.urls import parse_duration
 
 __all__ = ["get", "ls", "put", "rm"]
+
+_AGENTS: Final = "kv"  # the namespace of kvpersist.open()
 
 
 async def ls(
@@ -24,7 +27,7 @@ async def ls(
     /,
     *,
     depth: Annotated[int | None, Parameter(name=["--depth", "-d"])] = None,
-    limit: Annotated[int | None, Parameter(name=["--limit", "-n"])] = None,
+    limit: Count | None = None,
     store: StoreOption = USUAL_STORE,
     output: Output = FOR_PEOPLE,
 ) -> int:
@@ -37,7 +40,7 @@ async def ls(
         store: which store.
         output: in which form.
     """
-    async with open_store(store.url) as opened:
+    async with open_store(store.existing()) as opened:
 
         async def found() -> AsyncIterator[str]:
             left = limit
@@ -74,7 +77,7 @@ async def get(
         store: which store.
         output: in which form.
     """
-    async with open_store(store.url) as opened:
+    async with open_store(store.existing()) as opened:
         found, value = await (_stored if as_bytes else _value)(opened, key)
     if not found:
         say(f"no such key: {key}", style="red")
@@ -110,6 +113,10 @@ async def put(
         if_absent: fail with exit code 5 where the key exists.
         store: which store.
     """
+    if partition(key) == _AGENTS:  # a store that holds no sessions yet does not know it
+        raise ReservedNamespace(key, _AGENTS)
+    if value == "-" and is_terminal(sys.stdin):
+        say("reading the value from the terminal; end it with Ctrl-D")
     data = value.encode() if value != "-" else read_stdin()
     try:
         seconds = None if ttl is None else parse_duration(ttl)
@@ -148,7 +155,7 @@ async def rm(
     """
     if bool(keys) == (prefix is not None):
         raise BadOption("rm", "name the keys, or give --prefix")
-    async with open_store(store.url) as opened:
+    async with open_store(store.existing()) as opened:
         if prefix is None:
             there = await opened.has_many(keys)
             present = [key for key, is_there in zip(keys, there, strict=True) if is_there]

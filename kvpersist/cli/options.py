@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 from cyclopts import Group, Parameter, validators
 
-__all__ = ["FOR_PEOPLE", "USUAL_STORE", "Output", "StoreOption"]
+from kvpersist import config
+from kvpersist.urls import Where
+
+__all__ = ["FOR_PEOPLE", "USUAL_STORE", "Count", "Output", "StoreOption"]
 
 _FORM = Group("Output", validator=validators.mutually_exclusive)
+
+Count = Annotated[int, Parameter(name=["--limit", "-n"], validator=validators.Number(gte=0))]
 
 
 @Parameter(name="*")
@@ -18,7 +25,16 @@ class StoreOption:
     """Which store is meant."""
 
     url: str | None = None
-    """The store's URL, e.g. sqlite:///agent.db; default: KVPERSIST_URL, kvpersist.toml, your data folder."""
+    """the store, such as sqlite:///agent.db; default: KVPERSIST_URL, kvpersist.toml, your data folder."""
+
+    def existing(self) -> Where:
+        """The store to read: one that was named is not made by looking into it, where its driver has a mode."""
+        found = config.resolve(self.url)
+        if found.source == "default" or getattr(found.target.options, "mode", None) != "rwc":
+            return found.where
+        where = found.where
+        named: Mapping[str, Any] = where if isinstance(where, Mapping) else {"url": os.fspath(where)}
+        return {**named, "mode": "rw"} if "mode" not in str(where) else where
 
 
 @Parameter(name="*")
@@ -27,9 +43,9 @@ class Output:
     """In which form data is printed; without either: for people."""
 
     json: Annotated[bool, Parameter(group=_FORM)] = False
-    """Print one JSON document."""
+    """print one JSON document."""
     jsonl: Annotated[bool, Parameter(group=_FORM)] = False
-    """Print one JSON value per line, as they come."""
+    """print one JSON value per line, as they come."""
 
 
 USUAL_STORE: Final = StoreOption()

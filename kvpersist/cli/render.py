@@ -25,6 +25,7 @@ __all__ = [
     "ago",
     "clean",
     "console",
+    "counted",
     "duration",
     "is_terminal",
     "one_line",
@@ -215,6 +216,16 @@ def duration(seconds: float) -> str:
         if whole < size * (60 if unit == "m" else 24) or unit == "d":
             return f"{whole // size} {unit} {whole % size // small} {lower}"
     return ""
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun, as people write it.
+
+    Example:
+        >>> counted(1, "message"), counted(5308, "message")
+        ('1 message', '5,308 messages')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def ago(when: datetime | None, now: datetime) -> str:

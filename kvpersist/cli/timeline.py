@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from kvpersist.agents.records import Session, TimelineItem, ToolCall
-from kvpersist.cli.render import clean, console, duration, is_terminal, one_line, write
+from kvpersist.cli.render import clean, console, counted, duration, is_terminal, one_line, write
 
 __all__ = ["content_text", "print_timeline"]
 
@@ -55,7 +55,10 @@ def _print_plain(session: Session, items: Sequence[TimelineItem], full: bool) ->
     del full  # a pipe gets everything
     signs = {"said": "", "call": "> ", "result": "  < ", "error": "  ! ", "note": "  "}
     write(f"{one_line(_title(session))}\n{_summary(session, items)}\n")
+    day = _day(items[0]) if items else ""
     for item, lines in _entries(items):
+        if day != (day := _day(item)):
+            write(f"{day}\n")
         head = f"{_at(item):8}  {item.message.role:9}  "
         for line in lines:
             sign = signs[line.kind]
@@ -81,7 +84,10 @@ def _print_rich(session: Session, items: Sequence[TimelineItem], full: bool) -> 
     grid.add_column(no_wrap=True, style="dim")
     grid.add_column(no_wrap=True)
     grid.add_column(ratio=1, overflow="fold")
+    day = _day(items[0]) if items else ""
     for item, lines in _entries(items):
+        if day != (day := _day(item)):
+            grid.add_row(Padding(Text(day, style="bold"), (0, 0, 1, 0)))
         role = item.message.role
         parts: list[Any] = []
         for line in lines:
@@ -150,17 +156,17 @@ def _summary(session: Session, items: Sequence[TimelineItem]) -> str:
     calls = [call for item in items for call in item.tool_calls]
     failed = sum(1 for call in calls if call.is_error)
     parts = [f"user {one_line(session.user_id)}"] if session.user_id else []
-    parts.append(_count(len(items), "message"))
+    parts.append(counted(len(items), "message"))
     if calls:
-        parts.append(_count(len(calls), "tool call") + (f", {failed} failed" if failed else ""))
+        parts.append(counted(len(calls), "tool call") + (f", {failed} failed" if failed else ""))
     if items:
         span = (items[-1].at - items[0].at).total_seconds()
-        parts.append(f"{_local(items[0].at):%Y-%m-%d}" + (f", {duration(span)}" if span >= 1 else ""))
+        parts.append(f"{_local(items[0].at):%Y-%m-%d %Z}" + (f", {duration(span)}" if span >= 1 else ""))
     return f"{session.id}\n{' · '.join(parts)}"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def _day(item: TimelineItem) -> str:
+    return f"{_local(item.at):%m-%d}"  # the year stands in the summary
 
 
 def _at(item: TimelineItem) -> str:

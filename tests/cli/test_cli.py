@@ -83,6 +83,13 @@ def kv(url: str, capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 @pytest.fixture
+def empty(kv: Command) -> Command:
+    """A store that is there, and has nothing in it."""
+    kv("put", "app:a", "x", "--ttl", "0")
+    return kv
+
+
+@pytest.fixture
 def talk(kv: Command, tmp_path: Path) -> str:
     """A session, and a plain key; returns the session's id."""
     path = tmp_path / "talk.json"
@@ -165,7 +172,7 @@ def test_import_tells_in_words_on_stderr_and_in_json_on_stdout(kv: Command, tmp_
     first, again = kv("import", str(path)), kv("import", str(path), "--json")
 
     assert (first.code, first.out) == (0, "")
-    assert "1 sessions with 4 messages imported" in first.err
+    assert "1 session with 4 messages imported" in first.err
     assert again.json[0] | {"first": ""} == {
         "source": str(path),
         "sessions": 0,
@@ -305,12 +312,42 @@ def test_every_reading_command_prints_json(url: str, talk: str, command: tuple[s
 
 
 @pytest.mark.parametrize("command", [("sessions",), ("search", "x"), ("stats",), ("ls",)], ids=" ".join)
-def test_an_empty_store_gives_valid_json_and_exit_code_0(kv: Command, command: tuple[str, ...]) -> None:
-    result = kv(*command, "--json")
+def test_an_empty_store_gives_valid_json_and_exit_code_0(empty: Command, command: tuple[str, ...]) -> None:
+    result = empty(*command, "--json")
 
     assert result.code == 0
     assert not result.json or isinstance(result.json, dict) or result.json == ["kvpersist:format"]
-    assert kv(*command).code == 0
+    assert empty(*command).code == 0
+
+
+@pytest.mark.parametrize("command", [*READING[:6], READING[-1], ("rm", "app:a")], ids=" ".join)
+def test_looking_into_a_store_that_is_not_there_does_not_make_it(
+    kv: Command, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    result = kv(*command)
+
+    assert (result.code, result.out) == (3, "")
+    assert "there is no store at" in result.err
+    assert not list(tmp_path.glob("test.db*"))
+
+
+def test_the_usual_store_is_empty_before_anything_was_put_into_it(url: str) -> None:
+    done = shell("sessions")
+
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert b"kvpersist demo" in done.stderr
+
+
+def test_a_mode_that_was_asked_for_is_kept(kv: Command, url: str) -> None:
+    assert shell("ls", url=f"{url}?kv.mode=rwc").returncode == 0
+    assert shell("ls", url=f"{url}?kv.mode=ro").returncode == 0
+
+
+def test_no_sessions_of_a_user_is_not_no_sessions(kv: Command, talk: str) -> None:
+    result = kv("sessions", "--user", "eve")
+
+    assert (result.code, result.out, result.err) == (0, "", "no sessions of user 'eve'\n")
+    del talk
 
 
 # ---- raw keys
@@ -428,6 +465,8 @@ def test_every_key_of_a_store_can_be_printed(kv: Command, talk: str, url: str) -
         (("get", "a", "--frob"), 2, "--frob"),
         (("sessions", "--json", "--jsonl"), 2, "xclusive"),
         (("sessions", "--limit", "many"), 2, "many"),
+        (("sessions", "--limit", "-3"), 2, "-3"),
+        (("put", "kv:session:1", "x"), 2, "KV417"),
         (("import",), 2, "file"),
         (("import", "x.json", "--format", "csv"), 2, "csv"),
         (("import", "none.json"), 3, "none.json"),
@@ -447,12 +486,13 @@ def test_every_key_of_a_store_can_be_printed(kv: Command, talk: str, url: str) -
     ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
 )
 def test_what_fails_says_so_in_words_with_its_exit_code(
-    url: str, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], code: int, told: str
+    empty: Command, url: str, capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], code: int, told: str
 ) -> None:
     given = argv if "--url" in argv else (*argv, "--url", url)
 
     assert run(given) == code
 
+    del empty
     out, err = capsys.readouterr()
     assert out == ""
     assert told in err
@@ -579,7 +619,7 @@ def read(stdin=sys.stdin.buffer):
     print("reading", flush=True)
     return stdin.read()
 
-sys.stdin = types.SimpleNamespace(buffer=types.SimpleNamespace(read=read))
+sys.stdin = types.SimpleNamespace(buffer=types.SimpleNamespace(read=read), isatty=lambda: False)
 sys.exit(run())
 """
 
@@ -644,6 +684,21 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert f"Usage: kvpersist {command}" in capsys.readouterr().out
 
 
+def test_help_names_arguments_and_no_default_of_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    run(["import", "--help"])
+    shown = capsys.readouterr().out
+
+    assert shown.startswith("Usage: kvpersist import [OPTIONS] FILE...\n")
+    assert "[default: auto]" in shown
+    assert "False" not in shown
+
+
+def test_a_reader_that_goes_away_from_help_is_no_error(url: str) -> None:
+    script = f"set -o pipefail; {sys.executable} -m kvpersist --help | true"
+
+    assert subprocess.run(["bash", "-c", script], capture_output=True, timeout=60, check=False).returncode == 0
+
+
 def test_help_and_version_need_no_store() -> None:
     import kvpersist
 
@@ -688,6 +743,34 @@ def test_a_terminal_is_asked_before_a_prefix_is_removed(kv: Command, url: str) -
     assert (no, yes) == (2, 0)
     assert "remove 1 keys that start with 'app:'? [y/N]" in asked
     assert kv("ls", "app:").out == ""
+
+
+def test_a_terminal_is_told_that_a_value_is_awaited(url: str) -> None:
+    code, shown = terminal(["put", "app:a", "--url", url], typed=b"hello\n\x04")
+
+    assert code == 0
+    assert "Ctrl-D" in shown
+    assert shell("get", "app:a", url=url).stdout == b"hello\n"
+
+
+def test_a_conversation_of_several_days_shows_where_one_begins(kv: Command, tmp_path: Path) -> None:
+    days = [{"role": "user", "content": "hi", "created_at": f"2026-01-0{day}T12:00:00Z"} for day in (1, 1, 3)]
+    export = {"format": "kvpersist.session", "version": 1, "session": {}, "messages": days}
+    (tmp_path / "days.json").write_text(json.dumps(export))
+    first = kv("import", "days.json", "--json").json[0]["first"]
+
+    lines = shell("timeline", first, url=kv.url, TZ="UTC").stdout.decode().splitlines()
+    _, shown = terminal(["timeline", first, "--url", kv.url])
+
+    assert [len(line.split()) for line in lines[3:]] == [3, 3, 1, 3]
+    assert lines[5] == "01-03"
+    assert uncoloured(shown).count("01-03") == 1
+    assert "2026-01-01 UTC, 2 d 0 h" in uncoloured(shown)
+
+
+def test_a_demo_that_nothing_keeps_suggests_nothing(kv: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["demo", "--url", "memory://"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_stored_text_cannot_steer_the_terminal(kv: Command, url: str, tmp_path: Path) -> None:

@@ -153,26 +153,29 @@ class Writer:
 
     def _apply(self, batches: list[Batch]) -> list[_Answer]:
         now = self.clock()
-        wanted = [op.key for batch in batches for op in batch.ops if op.expect is not None]
-        versions = self._versions(wanted, now)
+        wanted = {op.key for batch in batches for op in batch.ops if op.expect is not None}
+        versions = self._versions(list(wanted), now)
         rows: dict[str, _Row | None] = {}  # None: to be deleted
         answers: list[_Answer] = []
         size = 0
         for batch in batches:
-            conflict = _conflict(batch.ops, versions) if wanted else None
-            if conflict is not None:
+            if wanted and (conflict := _conflict(batch.ops, versions)) is not None:
                 answers.append(conflict)
                 continue
             version = batch.version
             for op in batch.ops:
+                if type(op) is Check:
+                    continue
+                key = op.key
                 if type(op) is Put and ((expires := op.expires_at) is None or expires > now):
-                    rows[op.key] = (op.key, op.value, version, expires)
-                    size += len(op.value)
-                    if wanted:
-                        versions[op.key] = version
-                elif type(op) is not Check:
-                    rows[op.key] = None
-                    versions.pop(op.key, None)
+                    value = op.value
+                    rows[key] = (key, value, version, expires)
+                    size += len(value)
+                    if key in wanted:
+                        versions[key] = version
+                else:
+                    rows[key] = None
+                    versions.pop(key, None)
             answers.append(Committed(version))
         self._weigh(batches, size, len(rows))
         puts = [row for row in rows.values() if row is not None]

@@ -80,7 +80,6 @@ class Persistence:
             namespace=namespace,
             indexes=[
                 Index("name", order_by="-created_at"),
-                Index("is_error", order_by="-created_at"),
                 Index("state", order_by="-created_at"),
                 *more_calls,
             ],

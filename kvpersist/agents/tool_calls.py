@@ -60,19 +60,19 @@ class ToolCalls:
     async def find(self, *, limit: int = 100, **where: Any) -> list[ToolCall]:
         """Return calls of all sessions, newest first: ``find(name="search")``, ``find(is_error=True)``.
 
-        Without more indexes (``tool_call_indexes=``) by name, by is_error, or by state: "pending",
-        "completed" or "failed". As `Repository.find`.
+        Without more indexes (``tool_call_indexes=``) by name, or by state: "pending", "completed" or
+        "failed", which ``is_error=False`` and ``True`` stand for. As `Repository.find`.
         """
-        return await self._with_results(await self._all.tool_calls.find(limit=limit, **where))
+        return await self._with_results(await self._all.tool_calls.find(limit=limit, **_by_state(where)))
 
     async def page(self, *, limit: int = 100, after: str | None = None, **where: Any) -> Page[ToolCall]:
         """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
-        page = await self._all.tool_calls.page(limit=limit, after=after, **where)
+        page = await self._all.tool_calls.page(limit=limit, after=after, **_by_state(where))
         return Page(await self._with_results(page.items), page.cursor)
 
     async def count(self, **where: Any) -> int:
         """Count the calls, all or those that `find` would return; only keys are read."""
-        return await self._all.tool_calls.count(**where)
+        return await self._all.tool_calls.count(**_by_state(where))
 
     @asynccontextmanager
     async def record(
@@ -127,3 +127,11 @@ class ToolCalls:
                 if entry is not None:
                     call.result = decode(entry.key, entry.value).content
         return list(calls)
+
+
+def _by_state(where: dict[str, Any]) -> dict[str, Any]:
+    """Ask for a state instead of ``is_error``: a call has failed exactly if it is an error, so one index tells both."""
+    if "state" in where or not isinstance(where.get("is_error"), bool):
+        return where
+    state = "failed" if where["is_error"] else "completed"
+    return {"state": state} | {name: value for name, value in where.items() if name != "is_error"}

@@ -297,7 +297,6 @@ CREATE TABLE IF NOT EXISTS tool_calls (session_id TEXT NOT NULL, number INTEGER 
                                        data BLOB NOT NULL, PRIMARY KEY (session_id, number, position));
 CREATE INDEX IF NOT EXISTS calls_by_name ON tool_calls (name, created_at DESC);
 CREATE INDEX IF NOT EXISTS calls_by_state ON tool_calls (state, created_at DESC);
-CREATE INDEX IF NOT EXISTS calls_by_error ON tool_calls (is_error, created_at DESC) WHERE is_error IS NOT NULL;
 """
 _ADVANCE = (
     "UPDATE sessions SET last = last + ?, calls = calls + ?, updated_at = max(updated_at, ?) WHERE id = ?"

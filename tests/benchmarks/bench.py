@@ -80,7 +80,7 @@ async def _row(row: str, folder: str, plan: Plan, noise: bool, out: object) -> l
 
 
 def _against_itself(line: Line) -> Line:
-    floor = line.sides.get("floor") or next(iter(line.sides.values()))
+    floor = next(side for name, side in line.sides.items() if name.startswith("floor"))
     return msgspec.structs.replace(line, sides={"kvpersist": floor, "floor": floor}, ratio=over(), goal=None)
 
 
@@ -112,6 +112,8 @@ def _shown(figure: Figure) -> str:
     if figure.slack != 1.0 and figure.goal is not None:
         goal += f" (x {figure.slack:g})"
     reached = {None: "-", True: "yes", False: "NO"}[figure.reached]
+    if figure.reached and figure.goal is not None and figure.ratio > figure.goal:
+        reached = "slack"  # over the goal, within the slack
     times = " / ".join(f"{value:.1f}" for value in figure.microseconds.values())
     return (
         f"| {figure.row} | {figure.what} | {figure.setting} | {goal} | {figure.ratio:.2f} "

@@ -1,8 +1,9 @@
 """Timing two sides against each other on a machine that has other things to do.
 
-A slice is a few dozen milliseconds of one side. Sides take turns slice by slice, the first of a
-turn alternates, and only ratios within one round are compared: what disturbs the machine for
-longer than a slice disturbs both sides. A line's figure is the median over its rounds.
+A slice is a few dozen milliseconds of one side. Sides take turns slice by slice, and only ratios
+within one round are compared: what disturbs the machine for longer than a slice disturbs both
+sides. The order within a turn is drawn anew: checkpoints come after a fixed number of pages, and
+with any regular order they fall on the same side every time (a floor measured 0.75 of itself). A line's figure is the median over its rounds.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -77,6 +79,7 @@ class Figure(msgspec.Struct, frozen=True):
 async def measure(line: Line, plan: Plan) -> Figure:
     """Run ``plan.rounds`` rounds of ``line`` after a turn that is not counted."""
     names = list(line.sides)
+    order = random.Random(11)
     ratios: list[float] = []
     processor: list[float] = []
     each_took: dict[str, list[float]] = {name: [] for name in names}
@@ -85,11 +88,10 @@ async def measure(line: Line, plan: Plan) -> Figure:
             await _slice(line.sides[name])
         gc.collect()
         gc.freeze()  # the stored fixtures are no garbage collector's business while timing
-        for round_ in range(plan.rounds):
+        for _ in range(plan.rounds):
             took, used = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-            for turn in range(plan.turns):
-                order = names if (round_ + turn) % 2 == 0 else names[::-1]
-                for name in order:
+            for _ in range(plan.turns):
+                for name in order.sample(names, len(names)):
                     wall, cpu = await _slice(line.sides[name])
                     took[name] += wall
                     used[name] += cpu

@@ -154,7 +154,7 @@ async def _s3(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
 
 @asynccontextmanager
 async def _s4(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
-    calls = int(15 * plan.scale)
+    calls = int(60 * plan.scale)  # a round spans several checkpoints of the WAL, or one side pays them by chance
     count = calls * 100
 
     def notes() -> list[list[Note]]:
@@ -204,7 +204,8 @@ async def _s5(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
     many = TASKS * int(15 * plan.scale)
     brief = int(200 * plan.scale)
     copies = 4 if plan.load >= 1 else 1
-    short, long = [f"short-{n}" for n in range(copies)], [f"long-{n}" for n in range(copies)]
+    # neighbours in key order, so that neither length has the better places
+    short, long = [f"{n}-short" for n in range(copies)], [f"{n}-long" for n in range(copies)]
     lengths = dict.fromkeys(short, 1_000) | dict.fromkeys(long, 20_000)
     wide = [f"wide-{n}" for n in range(TASKS)]
     async with _logs(folder, lengths) as (log, raw), _agents(folder, TASKS) as (db, turns, ours, theirs):
@@ -318,28 +319,28 @@ def _cycle(names: Sequence[str], count: int) -> Iterator[str]:
     return itertools.islice(itertools.cycle(names), count)
 
 
-def _turns(sessions: Sequence[str], count: int) -> list[tuple[str, list[Message]]]:
-    """Turns of two messages and one call: the assistant asks for it, the tool answers."""
+def _turns(sessions: Sequence[str], count: int, answered: bool = True) -> list[tuple[str, list[Message]]]:
+    """Turns of two messages and one call, which the second message answers, or nobody."""
 
     def turn() -> list[Message]:
         id_ = f"call-{next(_numbers)}"
         part = ToolCallPart(id_, "search", {"query": _text(5), "limit": 10})
-        return [
-            Message(role="assistant", content=_text(30), tool_calls=[part]),
-            Message(role="tool", content=_text(30), tool_call_id=id_),
-        ]
+        asks = Message(role="assistant", content=_text(30), tool_calls=[part])
+        if answered:
+            return [asks, Message(role="tool", content=_text(30), tool_call_id=id_)]
+        return [Message(role="user", content=_text(30)), asks]
 
     return [(id_, turn()) for id_ in _cycle(sessions, count)]
 
 
-def _raw_turns(sessions: Sequence[str], count: int) -> list[tuple[str, list[RawMessage]]]:
+def _raw_turns(sessions: Sequence[str], count: int, answered: bool = True) -> list[tuple[str, list[RawMessage]]]:
     def turn() -> list[RawMessage]:
         id_ = f"call-{next(_numbers)}"
         part = RawPart(id_, "search", {"query": _text(5), "limit": 10})
-        return [
-            RawMessage(role="assistant", content=_text(30), tool_calls=[part]),
-            RawMessage(role="tool", content=_text(30), tool_call_id=id_),
-        ]
+        asks = RawMessage(role="assistant", content=_text(30), tool_calls=[part])
+        if answered:
+            return [asks, RawMessage(role="tool", content=_text(30), tool_call_id=id_)]
+        return [RawMessage(role="user", content=_text(30)), asks]
 
     return [(id_, turn()) for id_ in _cycle(sessions, count)]
 
@@ -349,17 +350,23 @@ async def _s8(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
     count = TASKS * int(6 * plan.scale)
     async with _agents(folder, TASKS) as (db, turns, ours, theirs):
 
-        def sides(tasks: int) -> dict[str, Side]:
+        def sides(tasks: int, answered: bool = True) -> dict[str, Side]:
+            def prepare() -> list[tuple[str, list[Message]]]:
+                return _turns(ours, count, answered)
+
+            def raw_prepare() -> list[tuple[str, list[RawMessage]]]:
+                return _raw_turns(theirs, count, answered)
+
             return {
-                "kvpersist": _side(
-                    lambda: _turns(ours, count), lambda turn: db.messages.append_many(*turn), count, tasks
-                ),
-                "floor": _side(lambda: _raw_turns(theirs, count), lambda turn: turns.append(*turn), count, tasks),
+                "kvpersist": _side(prepare, lambda turn: db.messages.append_many(*turn), count, tasks),
+                "floor": _side(raw_prepare, lambda turn: turns.append(*turn), count, tasks),
             }
 
         yield [
-            Line("S8", "agent turn c64", 1.3, sides(TASKS)),
+            Line("S8", "agent turn c64, its call answered", 1.3, sides(TASKS)),
             Line("S8", "agent turn c1", None, sides(1), sequential=True),
+            # last: what is left unanswered stays in the stat, up to 256 calls, and makes it larger
+            Line("S8", "agent turn c64, calls never answered", None, sides(TASKS, answered=False)),
         ]
 
 

@@ -15,10 +15,20 @@ from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser
 
 ROOT = Path(__file__).parents[2]
+_SHOWN = ("examples/run", "tests/run", "pip")  # run elsewhere
+_PYTHON = shlex.quote(sys.executable)
+_TOOLS = f"""
+python() {{ {_PYTHON} "$@"; }}; python3() {{ {_PYTHON} "$@"; }}
+kvpersist() {{ {_PYTHON} -m kvpersist "$@"; }}
+pytest() {{ {_PYTHON} -m pytest -p no:cacheprovider -p no:kvpersist -p kvpersist.testing.plugin "$@"; }}
+"""
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def _run(example: Example) -> None:
+    if named := re.match(r"# (\w+\.py)\n", example.parsed):  # a file that the reader is told to save
+        Path(named[1]).write_text(example.parsed, "utf-8")
+        return
     printed = io.StringIO()
     code = compile(example.parsed, f"{example.path}:{example.line}", "exec", dont_inherit=True)
     with contextlib.redirect_stdout(printed):
@@ -32,13 +42,17 @@ def _compare(example: Example) -> None:
 
 
 def _console(example: Example) -> None:
-    """Run the ``$ kvpersist`` lines of a block and compare what each prints; other commands are only shown."""
+    """Run the commands of a block in a shell and compare what each prints, but for durations."""
     for part in re.split(r"^\$ ", example.parsed, flags=re.MULTILINE)[1:]:
         command, _, expected = part.partition("\n")
-        if command.startswith("kvpersist "):
-            line = f"{shlex.quote(sys.executable)} -m {command}"
-            done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
-            assert (done.returncode, done.stdout) == (0, expected), f"{command}\n{done.stderr}"
+        if command.split()[0] in _SHOWN:
+            continue
+        done = subprocess.run(["bash", "-c", _TOOLS + command], capture_output=True, text=True, check=False)
+        assert (done.returncode, _timeless(done.stdout)) == (0, _timeless(expected)), f"{command}\n{done.stderr}"
+
+
+def _timeless(text: str) -> str:
+    return re.sub(r"\bin \d+\.\d+s\b", "in 0.00s", text)
 
 
 SYBIL = Sybil(

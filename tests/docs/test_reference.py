@@ -1,0 +1,124 @@
+"""The tables of the reference name every method with its arguments, every error, every command."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvpersist
+from kvpersist import (
+    Log,
+    Message,
+    Persistence,
+    Repository,
+    Session,
+    Store,
+    TimelineItem,
+    ToolCall,
+    ToolCallPart,
+    errors,
+)
+from kvpersist.agents.messages import Messages
+from kvpersist.agents.sessions import Sessions
+from kvpersist.agents.tool_calls import ToolCalls
+
+ROOT = Path(__file__).parents[2]
+REFERENCE = ROOT / "docs" / "reference"
+
+
+def first_cells(page: str, heading: str = "") -> str:
+    """The first cell of every row of a page's tables, or of the part below one heading."""
+    text = (REFERENCE / page).read_text("utf-8")
+    part = re.search(rf"^## `{re.escape(heading)}`$(.*?)(?=^## |\Z)", text, re.M | re.S) if heading else None
+    rows = re.findall(r"^\| (.+?) \|", text if part is None else part[1], re.M)
+    return "\n".join(rows)
+
+
+def shown(cells: str) -> dict[str, list[str]]:
+    return {
+        name: [argument.strip("* ") for argument in arguments.split(",") if argument]
+        for name, arguments in re.findall(r"`(\w+)\(([^)`]*)\)`", cells)
+    }
+
+
+@pytest.mark.parametrize(
+    ("page", "heading", "type_"),
+    [
+        ("store.md", "", Store),
+        ("repository.md", "", Repository),
+        ("log.md", "", Log),
+        ("agents.md", "db", Persistence),
+        ("agents.md", "db.sessions", Sessions),
+        ("agents.md", "db.messages", Messages),
+        ("agents.md", "db.tool_calls", ToolCalls),
+    ],
+)
+def test_every_method_stands_in_its_table_with_its_arguments(page: str, heading: str, type_: Any) -> None:
+    methods = {name: getattr(type_, name) for name in dir(type_) if not name.startswith("_")}
+
+    assert shown(first_cells(page, heading)) == {
+        name: list(inspect.signature(method).parameters)[1:] for name, method in methods.items() if callable(method)
+    }
+
+
+@pytest.mark.parametrize("page", ["store.md", "agents.md"])
+def test_every_argument_of_an_open_function_is_named(page: str) -> None:
+    function: Any = kvpersist.open_store if page == "store.md" else kvpersist.open
+    [arguments] = re.findall(rf"`kvpersist\.{function.__name__}\((.*?)\)`", (REFERENCE / page).read_text("utf-8"))
+
+    assert re.findall(r"(\w+)(?:=[^,]+)?(?:, |$)", arguments) == list(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("type_", [Repository, kvpersist.Index])
+def test_every_argument_of_a_declaration_is_named(type_: Any) -> None:
+    named = set(re.findall(r"`(\w+)`", first_cells("repository.md")))
+
+    assert set(inspect.signature(type_).parameters) - {"store"} <= named
+
+
+@pytest.mark.parametrize("record", [Session, Message, ToolCallPart, ToolCall, TimelineItem])
+def test_every_field_of_a_record_is_named(record: Any) -> None:
+    text = (REFERENCE / "agents.md").read_text("utf-8")
+    [fields] = re.findall(rf"^\| `{record.__name__}` \| ([^:;|]+)", text, re.M)
+
+    assert re.findall(r"`(\w+)`", fields) == list(record.__struct_fields__)
+
+
+def test_every_error_is_listed_with_its_code_and_whether_to_retry() -> None:
+    text = (REFERENCE / "errors.md").read_text("utf-8")
+
+    assert sorted(re.findall(r"^\| (KV\d+) \| `(\w+)` \| (yes|no) \|", text, re.M)) == sorted(
+        (error.code, name, "yes" if error.retryable else "no")
+        for name in errors.__all__
+        if (error := getattr(errors, name)) is not errors.KvError
+    )
+
+
+def test_every_command_is_listed() -> None:
+    pytest.importorskip("cyclopts")
+    from kvpersist.cli.app import app
+
+    listed = re.findall(r"^\| `kvpersist (\w+)", (REFERENCE / "command-line.md").read_text("utf-8"), re.M)
+
+    assert sorted(listed) == sorted(name for name in app if not name.startswith("-"))
+
+
+def test_every_test_that_the_guarantees_name_exists() -> None:
+    text = (ROOT / "docs" / "explanation" / "guarantees.md").read_text("utf-8")
+    named = re.findall(r"`(test_\w+)`", text)
+    sources = [*(ROOT / "tests").rglob("test_*.py"), ROOT / "kvpersist" / "testing" / "contract.py"]
+    there = set(re.findall(r"def (test_\w+)", "".join(path.read_text("utf-8") for path in sources)))
+
+    assert len(named) > 20
+    assert sorted(set(named) - there) == []
+
+
+def test_every_page_can_be_reached_from_the_index() -> None:
+    text = (ROOT / "docs" / "index.md").read_text("utf-8")
+    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")} - {"index.md"}
+
+    assert sorted(page for page in pages if page not in text and not page.startswith("decisions/")) == []

@@ -33,8 +33,10 @@ REFERENCE = ROOT / "docs" / "reference"
 def first_cells(page: str, heading: str = "") -> str:
     """The first cell of every row of a page's tables, or of the part below one heading."""
     text = (REFERENCE / page).read_text("utf-8")
-    part = re.search(rf"^## `{re.escape(heading)}`$(.*?)(?=^## |\Z)", text, re.M | re.S) if heading else None
-    rows = re.findall(r"^\| (.+?) \|", text if part is None else part[1], re.M)
+    part = (
+        re.search(rf"^## `{re.escape(heading)}`$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL) if heading else None
+    )
+    rows = re.findall(r"^\| (.+?) \|", text if part is None else part[1], re.MULTILINE)
     return "\n".join(rows)
 
 
@@ -83,7 +85,7 @@ def test_every_argument_of_a_declaration_is_named(type_: Any) -> None:
 @pytest.mark.parametrize("record", [Session, Message, ToolCallPart, ToolCall, TimelineItem])
 def test_every_field_of_a_record_is_named(record: Any) -> None:
     text = (REFERENCE / "agents.md").read_text("utf-8")
-    [fields] = re.findall(rf"^\| `{record.__name__}` \| ([^:;|]+)", text, re.M)
+    [fields] = re.findall(rf"^\| `{record.__name__}` \| ([^:;|]+)", text, re.MULTILINE)
 
     assert re.findall(r"`(\w+)`", fields) == list(record.__struct_fields__)
 
@@ -91,7 +93,7 @@ def test_every_field_of_a_record_is_named(record: Any) -> None:
 def test_every_error_is_listed_with_its_code_and_whether_to_retry() -> None:
     text = (REFERENCE / "errors.md").read_text("utf-8")
 
-    assert sorted(re.findall(r"^\| (KV\d+) \| `(\w+)` \| (yes|no) \|", text, re.M)) == sorted(
+    assert sorted(re.findall(r"^\| (KV\d+) \| `(\w+)` \| (yes|no) \|", text, re.MULTILINE)) == sorted(
         (error.code, name, "yes" if error.retryable else "no")
         for name in errors.__all__
         if (error := getattr(errors, name)) is not errors.KvError
@@ -102,7 +104,7 @@ def test_every_command_is_listed() -> None:
     pytest.importorskip("cyclopts")
     from kvpersist.cli.app import app
 
-    listed = re.findall(r"^\| `kvpersist (\w+)", (REFERENCE / "command-line.md").read_text("utf-8"), re.M)
+    listed = re.findall(r"^\| `kvpersist (\w+)", (REFERENCE / "command-line.md").read_text("utf-8"), re.MULTILINE)
 
     assert sorted(listed) == sorted(name for name in app if not name.startswith("-"))
 

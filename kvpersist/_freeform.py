@@ -172,7 +172,7 @@ def _too_deep() -> Refused:
 def _text_keys(value: dict[Any, Any]) -> dict[str, Any]:
     for key in value:
         if not isinstance(key, str):
-            raise Refused(f"the key {_shortened(key)} is {type(key).__name__}, not text")
+            raise Refused(f"the key {_shortened(key)} is {type(key).__name__}, not text: convert it")
     return {str.__str__(key): item for key, item in value.items()}
 
 
@@ -190,7 +190,8 @@ def _plain_type(value: Any) -> Any:
         return dict(cast("dict[Any, Any]", value))
     if isinstance(value, list):
         return list(cast("list[Any]", value))
-    raise Refused(f"{type(value).__name__} is none of None, bool, int, float, str, bytes, datetime, list, dict")
+    kinds = "None, bool, int, float, str, bytes, datetime, list, dict"
+    raise Refused(f"{type(value).__name__} is none of {kinds}: convert it")
 
 
 def _utc(value: datetime) -> datetime:

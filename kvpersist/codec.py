@@ -499,7 +499,7 @@ def _blamed(value: Any, error: Exception, encode: Callable[[Any], bytes]) -> Une
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeEncodeError):
-        return "text with a lone surrogate, which has no UTF-8 form"
+        return "text with a lone surrogate, which has no UTF-8 form: replace it"
     return "too deep" if isinstance(error, RecursionError) else str(error)
 
 

@@ -384,7 +384,10 @@ class FormatMismatch(KvError):
         self.where, self.found, self.expected = where, found, expected
 
     def __str__(self) -> str:
-        return f"{self.where}: found {self.found}, expected {self.expected}; nothing was written"
+        return (
+            f"{self.where}: found {self.found}, expected {self.expected}; nothing was written: "
+            "name another place, or use the kvpersist that wrote this one"
+        )
 
 
 class ReadOnly(KvError, PermissionError):

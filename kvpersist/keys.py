@@ -342,4 +342,4 @@ def _refuse_surrogates(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadKey(text, "a lone surrogate has no UTF-8 form") from error
+        raise BadKey(text, "a lone surrogate has no UTF-8 form: replace it") from error

@@ -260,7 +260,8 @@ def _encoder(label: str, kind: type, descending: bool, whole: bool) -> Callable[
             try:
                 value = _coerced(value, kind)
             except (TypeError, ValueError) as error:
-                raise Unencodable(label, f"it is indexed as {kind.__name__}, found {type(value).__name__}") from error
+                kept = "a" if whole else "indexed as"
+                raise Unencodable(label, f"it is {kept} {kind.__name__}, found {type(value).__name__}") from error
         try:
             return keys.encode(value, descending)
         except BadKey as error:

@@ -152,20 +152,25 @@ class Reader(Generic[R]):
 
     def cursor(self, query: Query, last: str) -> str:
         """Return the cursor behind the entry ``last``."""
-        position = last[len(self._prefix(query)) :]
-        return base64.urlsafe_b64encode(query.tag + position.encode()).decode().rstrip("=")
+        position = last[len(self._prefix(query)) :].encode()
+        return base64.urlsafe_b64encode(self._seal(query, position) + position).decode().rstrip("=")
 
     def position(self, query: Query, cursor: str) -> str:
         """Return the key from which a cursor goes on. Raises BadCursor."""
         try:
             data = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
-            start = self._prefix(query) + data[len(query.tag) :].decode() + "!"
+            position = data[len(query.tag) :]
+            start = self._prefix(query) + position.decode() + "!"
         except (TypeError, ValueError, AttributeError, binascii.Error) as error:
             raise BadCursor(cursor) from error
         outside = start < query.start or (query.end is not None and start >= query.end)
-        if data[: len(query.tag)] != query.tag or outside:
+        if data[: len(query.tag)] != self._seal(query, position) or outside:
             raise BadCursor(cursor)
         return start
+
+    def _seal(self, query: Query, position: bytes) -> bytes:
+        """What tells a cursor of this query, of this collection, uncut, from any other."""
+        return blake2b(self._prefix(query).encode() + position, key=query.tag, digest_size=len(query.tag)).digest()
 
     def _prefix(self, query: Query) -> str:
         return self._records if query.slot is None else query.slot.prefix

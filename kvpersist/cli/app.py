@@ -30,8 +30,8 @@ _SETTINGS: Final = Group("Settings", sort_key=3)
 
 
 def _shown_default(value: object) -> str | None:
-    """What help says of a default; nothing of a flag that is not set, or of a text that is empty."""
-    return None if value is False or value == "" else str(value)
+    """What help says of a default; nothing where there is none, of a flag, or of a text that is empty."""
+    return None if value is None or value is False or value == "" else str(value)
 
 
 app = App(
@@ -162,7 +162,7 @@ def _next_step(error: errors.KvError) -> str:
             return "try: kvpersist drivers"
         case errors.FormatMismatch():
             if _is_absent(error):
-                return "correct its name, or make it with demo, import or put; try: kvpersist config --origins"
+                return "another name? (see: kvpersist config --origins) demo, import and put make a new one"
             return "try: kvpersist config --origins"
         case errors.MalformedRecord():
             return "correct it and import again, or leave such records out: --on-error skip"

@@ -691,6 +691,7 @@ def test_help_names_arguments_and_no_default_of_a_flag(capsys: pytest.CaptureFix
     assert shown.startswith("Usage: kvpersist import [OPTIONS] FILE...\n")
     assert "[default: auto]" in shown
     assert "False" not in shown
+    assert "None" not in shown
 
 
 def test_a_reader_that_goes_away_from_help_is_no_error(url: str) -> None:

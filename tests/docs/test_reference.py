@@ -1,4 +1,4 @@
-"""The tables of the reference name every method with its arguments, every error, every command."""
+"""The tables of the reference name every method with its arguments, every field and every command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from kvpersist import (
     TimelineItem,
     ToolCall,
     ToolCallPart,
-    errors,
 )
 from kvpersist.agents.messages import Messages
 from kvpersist.agents.sessions import Sessions
@@ -88,16 +87,6 @@ def test_every_field_of_a_record_is_named(record: Any) -> None:
     [fields] = re.findall(rf"^\| `{record.__name__}` \| ([^:;|]+)", text, re.MULTILINE)
 
     assert re.findall(r"`(\w+)`", fields) == list(record.__struct_fields__)
-
-
-def test_every_error_is_listed_with_its_code_and_whether_to_retry() -> None:
-    text = (REFERENCE / "errors.md").read_text("utf-8")
-
-    assert sorted(re.findall(r"^\| (KV\d+) \| `(\w+)` \| (yes|no) \|", text, re.MULTILINE)) == sorted(
-        (error.code, name, "yes" if error.retryable else "no")
-        for name in errors.__all__
-        if (error := getattr(errors, name)) is not errors.KvError
-    )
 
 
 def test_every_command_is_listed() -> None:

@@ -141,6 +141,7 @@ class Funnel(Generic[S, I, O]):
             DeadlineExceeded: other writers won every time until the store's timeout; nothing was changed.
             KvError: what load, build or the commit raised.
         """
+        self._store._check()  # before the queue is joined: it belongs to the store's loop and process
         lane = self._lanes.get(parent)
         if lane is None:
             lane = self._new_lane(parent)

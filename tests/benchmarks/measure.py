@@ -3,7 +3,8 @@
 A slice is a few dozen milliseconds of one side. Sides take turns slice by slice, and only ratios
 within one round are compared: what disturbs the machine for longer than a slice disturbs both
 sides. The order within a turn is drawn anew: checkpoints come after a fixed number of pages, and
-with any regular order they fall on the same side every time (a floor measured 0.75 of itself). A line's figure is the median over its rounds.
+with any regular order they fall on the same side every time (a floor measured 0.75 of itself). A
+line's figure is the median over its rounds.
 """
 
 from __future__ import annotations

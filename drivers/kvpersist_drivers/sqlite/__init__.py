@@ -141,7 +141,7 @@ class SqliteDriver:
 
     async def commit(self, batches: Sequence[Batch]) -> list[Committed | KvError]:
         if self._database.read_only:
-            raise ReadOnly(f"{self._database.path} was opened with mode=ro")
+            raise ReadOnly(f"{self._database.path} was opened with mode=ro: open it without that to write")
         return await self._writes.run(list(batches), settle=True) if batches else []
 
     async def scan(
@@ -168,7 +168,7 @@ class SqliteDriver:
 
     async def compact(self, limit: int = 500) -> int:
         if self._database.read_only:
-            raise ReadOnly(f"{self._database.path} was opened with mode=ro")
+            raise ReadOnly(f"{self._database.path} was opened with mode=ro: open it without that to write")
         return await self._writes.run(partial(self._writer.compact, limit), settle=True)
 
     async def backup(self, path: str) -> None:

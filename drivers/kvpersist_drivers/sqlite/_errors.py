@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from kvpersist.errors import Busy, CorruptRecord, FormatMismatch, KvError, ReadOnly, Unavailable
+from kvpersist.errors import BadOption, Busy, CorruptRecord, FormatMismatch, KvError, ReadOnly, Unavailable
 
 __all__ = ["code_of", "of_file", "translated"]
 
@@ -23,6 +23,7 @@ _FAILED: Final = (
     sqlite3.SQLITE_NOLFS,
 )
 _DENIED: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_PLACE: Final = (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def code_of(error: Exception) -> int:
@@ -58,4 +59,8 @@ def of_file(path: str) -> Iterator[None]:
         raise
     except OSError as error:
         message = f"{error.filename or path}: {error.strerror}"
-        raise ReadOnly(message) if error.errno in _DENIED else Unavailable(message) from error
+        if error.errno in _DENIED:
+            raise ReadOnly(f"{message}: change its permissions, or name another place") from error
+        if error.errno in _NO_PLACE:
+            raise BadOption("path", f"{message}: name another place") from error
+        raise Unavailable(message) from error

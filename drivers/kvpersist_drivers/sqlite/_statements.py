@@ -41,7 +41,8 @@ class Statements:
         )
         self.columns = f"SELECT name FROM pragma_table_info('{table}') ORDER BY cid"
         self.get = {
-            size: f'SELECT k, v, ver, exp FROM "{table}" WHERE k IN ({marks[size]}) AND {_LIVE}' for size in sizes
+            size: f'SELECT k, CAST(v AS BLOB), ver, exp FROM "{table}" WHERE k IN ({marks[size]}) AND {_LIVE}'
+            for size in sizes
         }
         self.versions = {size: f'SELECT k, ver FROM "{table}" WHERE k IN ({marks[size]}) AND {_LIVE}' for size in sizes}
         self.put = (
@@ -72,10 +73,11 @@ def padded(keys: list[str]) -> list[str]:
 
 
 def _scan(table: str, bounds: tuple[bool, bool], reverse: bool, form: str) -> str:
+    # the cast makes text, which only another program can have put there, bytes that fail their checksum
     columns = {
-        "entries": "a.k, a.v, a.ver, a.exp",
+        "entries": "a.k, CAST(a.v AS BLOB), a.ver, a.exp",
         "keys": "a.k, x'', a.ver, a.exp",
-        "deref": "a.k, a.v, a.ver, a.exp, b.k, b.v, b.ver, b.exp",
+        "deref": "a.k, CAST(a.v AS BLOB), a.ver, a.exp, b.k, CAST(b.v AS BLOB), b.ver, b.exp",
     }[form]
     # CAST keeps the bytes as they are, NUL included; || is by length too
     join = f' LEFT JOIN "{table}" b ON b.k = ? || CAST(a.v AS TEXT) AND (b.exp IS NULL OR b.exp > ?)'

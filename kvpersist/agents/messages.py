@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, cast
 from uuid import UUID
 
@@ -14,8 +14,8 @@ from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.records import Message
 from kvpersist.agents.turns import Turns
 from kvpersist.driver import Entry
-from kvpersist.errors import BadRequest, CorruptRecord, KvError, PartlyDone
-from kvpersist.index.reads import OnCorrupt
+from kvpersist.errors import BadRequest, KvError, PartlyDone
+from kvpersist.index.reads import OnCorrupt, decoded
 from kvpersist.index.writer import live
 from kvpersist.log import read_range
 from kvpersist.repository import Page
@@ -125,7 +125,7 @@ class Messages:
                 error is raised.
         """
         found = await self._entries(session_id, after, before, limit, reverse)
-        return list(self._decoded(found, on_corrupt))
+        return list(decoded(self._all.messages._codec, found, on_corrupt))
 
     async def iterate(
         self, session_id: str | UUID, *, after: int = 0, on_corrupt: OnCorrupt | None = None
@@ -137,7 +137,7 @@ class Messages:
         prefix = self._prefix(session_id)
         while True:
             found = await self._entries(session_id, after, None, _PAGE, False)
-            for message in self._decoded(found, on_corrupt):
+            for message in decoded(self._all.messages._codec, found, on_corrupt):
                 yield message
             if len(found) < _PAGE:
                 return
@@ -191,6 +191,7 @@ class Messages:
         session_id: str | UUID | None = None,
         limit: int = 100,
         scanned: int = 10_000,
+        on_corrupt: OnCorrupt | None = None,
     ) -> list[Message]:
         """Find messages in whose content ``text`` occurs, in any case, by reading them.
 
@@ -200,6 +201,7 @@ class Messages:
         Args:
             user_id: only in sessions of this user.
             limit: how many to return at most.
+            on_corrupt: as for `range`.
 
         Raises:
             BadRequest: ``text`` is empty.
@@ -213,12 +215,13 @@ class Messages:
             before: int | None = None
             while left > 0 and len(found) < limit:
                 size = min(_PAGE, left)
-                page = await self.range(session, before=before, limit=size, reverse=True)
+                page = await self._entries(session, 0, before, size, True)
                 left -= len(page) or 1
-                found += [message for message in page if _contains(message.content, needle)]
+                read = decoded(self._all.messages._codec, page, on_corrupt)
+                found += [message for message in read if _contains(message.content, needle)]
                 if len(page) < size:
                     break
-                before = page[-1].number
+                before = keys.decode(page[-1].key[len(self._prefix(session)) :], int)
             if left <= 0 or len(found) >= limit:
                 break
         return found[:limit]
@@ -246,16 +249,6 @@ class Messages:
     ) -> list[Entry]:
         prefix = self._prefix(session_id)
         return await read_range(self._store, prefix, after, before, limit, reverse, self._last_number, str(session_id))
-
-    def _decoded(self, found: Sequence[Entry], on_corrupt: OnCorrupt | None) -> Iterator[Message]:
-        decode = self._all.messages._codec.decode
-        for entry in found:
-            try:
-                yield decode(entry.key, entry.value)
-            except CorruptRecord as error:
-                if on_corrupt is None:
-                    raise
-                on_corrupt(error)
 
     def _prefix(self, session_id: str | UUID) -> str:
         return f"{self._all.message_prefix}{keys.encode(str(session_id))}!"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, Literal, Self, TypeVar
 from uuid import UUID
 
@@ -22,9 +22,12 @@ from kvpersist.agents.turns import Turns
 from kvpersist.driver import Clock, Driver
 from kvpersist.errors import BadOption, ReadOnly
 from kvpersist.index import Index
+from kvpersist.index.reads import OnCorrupt
+from kvpersist.index.rebuild import Reindexed
 from kvpersist.log import require_sequences
 from kvpersist.repository import Repository
 from kvpersist.store import Opening, Store, open_store
+from kvpersist.transaction import Transaction
 from kvpersist.urls import Where
 
 __all__ = ["Persistence", "open"]
@@ -111,18 +114,47 @@ class Persistence:
             raise BadOption("name", f"{name!r} is the agent's own collection: choose another name")
         return Repository(self.store, type, name=name, key=key, indexes=indexes, namespace=self.namespace, **options)
 
-    async def timeline(self, session_id: str | UUID, *, after: int = 0, limit: int = 1_000) -> list[TimelineItem]:
+    def atomic(self) -> AbstractAsyncContextManager[Transaction]:
+        """As `Store.atomic`: for plain keys and for repositories of your own, by their ``tx=``."""
+        return self.store.atomic()
+
+    async def transact(self, fn: Callable[[Transaction], Awaitable[R]], *, attempts: int = 10) -> R:
+        """As `Store.transact`."""
+        return await self.store.transact(fn, attempts=attempts)
+
+    async def reindex(self, progress: Callable[[int], None] | None = None) -> dict[str, Reindexed]:
+        """Build the indexes of sessions, messages and calls that were declared over records already there.
+
+        Online and resumable, as `Repository.reindex`; returns what was done, by collection.
+        """
+        await self._all.own()
+        return {
+            "session": await self._all.sessions.reindex(progress),
+            "message": await self._all.messages.reindex(progress),
+            "tool_call": await self._all.tool_calls.reindex(progress),
+        }
+
+    async def timeline(
+        self,
+        session_id: str | UUID,
+        *,
+        after: int = 0,
+        limit: int = 1_000,
+        on_corrupt: OnCorrupt | None = None,
+    ) -> list[TimelineItem]:
         """Return a session's messages in order, each with the calls it asked for, their results and durations.
 
         Args:
             after: begin behind this message number.
             limit: how many messages at most.
+            on_corrupt: is handed the error of each damaged message or call, which is left out; without
+                it, the error is raised.
         """
-        found = await self.messages.range(session_id, after=after, limit=limit)
+        found = await self.messages.range(session_id, after=after, limit=limit, on_corrupt=on_corrupt)
         if not found:
             return []
         first = after if after == 0 else found[0].number - 1
-        calls = await self.tool_calls.of(session_id, after=first, before=found[-1].number + 1)
+        calls = await self.tool_calls.of(session_id, after=first, before=found[-1].number + 1, on_corrupt=on_corrupt)
         items = {
             message.number: TimelineItem(
                 at=message.created_at or self._all.now(), number=message.number, message=message, tool_calls=[]
@@ -212,6 +244,7 @@ def open(
                 tool_call_indexes=tool_call_indexes,
                 owns_store=owns,
             )
+            await db._all.own()  # before a plain write can put something between the records
             with suppress(ReadOnly):  # whoever may write finishes them; what is left is not seen here either
                 await db._deletions.finish_all()
         except BaseException:

@@ -13,6 +13,7 @@ from kvpersist.agents.items import Begin, End
 from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.records import ToolCall, new_id
 from kvpersist.agents.turns import Turns
+from kvpersist.index.reads import OnCorrupt, decoded
 from kvpersist.index.writer import live
 from kvpersist.repository import Page
 
@@ -48,14 +49,26 @@ class ToolCalls:
         found = await self._all.tool_calls.get((str(session_id), number, position))
         return None if found is None else (await self._with_results([found]))[0]
 
-    async def of(self, session_id: str | UUID, *, after: int = 0, before: int | None = None) -> list[ToolCall]:
-        """Return the calls of a session in the order they were asked for, by messages between two numbers."""
-        decode = self._all.tool_calls._codec.decode
+    async def of(
+        self,
+        session_id: str | UUID,
+        *,
+        after: int = 0,
+        before: int | None = None,
+        on_corrupt: OnCorrupt | None = None,
+    ) -> list[ToolCall]:
+        """Return the calls of a session in the order they were asked for, by messages between two numbers.
+
+        Args:
+            on_corrupt: is handed the error of each damaged call, which is left out, and of each damaged
+                result, which stays None; without it, the error is raised.
+        """
         part = keys.encode(str(session_id))
         first = after + 1 if after else 0
         last = (1 << 62) if before is None else before - 1
-        found = [decode(entry.key, entry.value) async for entry in self._all.calls_of(part, first, last)]
-        return await self._with_results(found)
+        entries = [entry async for entry in self._all.calls_of(part, first, last)]
+        calls = list(decoded(self._all.tool_calls._codec, entries, on_corrupt))
+        return await self._with_results(calls, on_corrupt)
 
     async def find(self, *, limit: int = 100, **where: Any) -> list[ToolCall]:
         """Return calls of all sessions, newest first: ``find(name="search")``, ``find(is_error=True)``.
@@ -113,19 +126,19 @@ class ToolCalls:
         end = End(begun.number, begun.position, recording.result, recording.is_error)
         recording.call = await self._turns.submit(parent, end) or begun
 
-    async def _with_results(self, calls: Sequence[ToolCall]) -> list[ToolCall]:
+    async def _with_results(self, calls: Sequence[ToolCall], on_corrupt: OnCorrupt | None = None) -> list[ToolCall]:
         """Fill in the results that stand in messages: one read for all."""
         answered = [call for call in calls if call.result_number is not None]
         if answered:
             prefix = self._all.message_prefix
-            decode = self._all.messages._codec.decode
+            codec = self._all.messages._codec
             names = [
                 f"{prefix}{keys.encode(call.session_id)}!{keys.encode(call.result_number or 0)}" for call in answered
             ]
             for call, entry in zip(answered, await self._store._entries(names), strict=True):
                 entry = live(entry)
-                if entry is not None:
-                    call.result = decode(entry.key, entry.value).content
+                for message in () if entry is None else decoded(codec, (entry,), on_corrupt):
+                    call.result = message.content
         return list(calls)
 
 

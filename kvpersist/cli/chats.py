@@ -31,7 +31,7 @@ from kvpersist.cli.render import (
     write_bytes,
 )
 from kvpersist.cli.timeline import content_text, print_timeline
-from kvpersist.errors import BadOption
+from kvpersist.errors import BadOption, CorruptRecord
 from kvpersist.ops.chat_export import ExportFormat, export_session
 from kvpersist.ops.chat_formats import ChatFormat
 from kvpersist.ops.chat_import import ImportReport, import_chats
@@ -173,11 +173,12 @@ async def timeline(
             session = await db.sessions.get(session_id)
             if session is None:
                 return _no_session(session_id)
+            damage = _Damage()
             if output.json:
-                print_json({"session": session, "items": [item async for item in _timeline(db, session_id)]})
+                print_json({"session": session, "items": [item async for item in _timeline(db, session_id, damage)]})
             else:
-                await print_items(_timeline(db, session_id), output)
-            return 0
+                await print_items(_timeline(db, session_id, damage), output)
+            return damage.code
         return await _show(db, session_id, full=full)
 
 
@@ -204,14 +205,17 @@ async def search(
         output: in which form.
     """
     async with kvpersist.open(store.existing()) as db:
-        found = await db.messages.search(text, user_id=user, session_id=session, limit=limit, scanned=scan)
+        damage = _Damage()
+        found = await db.messages.search(
+            text, user_id=user, session_id=session, limit=limit, scanned=scan, on_corrupt=damage
+        )
     if output.json or output.jsonl:
         for value in found if output.jsonl else [found]:
             print_json(value, compact=output.jsonl)
-        return 0
+        return damage.code
     if not found:
         say(f"nothing found for {text!r}")
-        return 0
+        return damage.code
     print_rows(
         ("session", "number", "role", "text"),
         [(hit.session_id, str(hit.number), hit.role, _around(hit, text)) for hit in found],
@@ -219,7 +223,7 @@ async def search(
         right=("number",),
         spare=("role",),
     )
-    return 0
+    return damage.code
 
 
 async def stats(*, store: StoreOption = USUAL_STORE, output: Output = FOR_PEOPLE) -> int:
@@ -273,18 +277,34 @@ async def _show(db: Persistence, session_id: str, *, full: bool) -> int:
     session = await db.sessions.get(session_id)
     if session is None:
         return _no_session(session_id)
-    items = [item async for item in _timeline(db, session_id)]
+    damage = _Damage()
+    items = [item async for item in _timeline(db, session_id, damage)]
     title = await _title(db, session)
     print_timeline(msgspec.structs.replace(session, title=one_line(title, 100)), items, full=full)
-    return 0
+    return damage.code
 
 
-async def _timeline(db: Persistence, session_id: str) -> AsyncIterator[TimelineItem]:
+class _Damage:
+    """Tells of damaged records, which are left out, and remembers that there were any."""
+
+    def __init__(self) -> None:
+        self.code = 0
+
+    def __call__(self, error: CorruptRecord) -> None:
+        self.code = 1
+        say(f"{error.code} left out: {error}", style="red")
+
+
+async def _timeline(db: Persistence, session_id: str, damage: _Damage) -> AsyncIterator[TimelineItem]:
     after = 0
-    while page := await db.timeline(session_id, after=after, limit=_PAGE):
+    while page := await db.timeline(session_id, after=after, limit=_PAGE, on_corrupt=damage):
         for item in page:
             yield item
         after = page[-1].number
+
+
+def _passed_over(error: CorruptRecord) -> None:
+    """A title is made of what can be read; `timeline` tells of the rest."""
 
 
 def _no_session(session_id: str) -> int:
@@ -313,7 +333,7 @@ async def _title(db: Persistence, session: Session) -> str:
     """The session's title, or what its user said first."""
     if session.title:
         return session.title
-    for message in await db.messages.range(session.id, limit=3):
+    for message in await db.messages.range(session.id, limit=3, on_corrupt=_passed_over):
         if message.role == "user":
             return content_text(message.content)
     return "-"

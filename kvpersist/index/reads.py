@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
@@ -19,7 +19,7 @@ from kvpersist.index.definitions import BytesStore, Definitions, Known, Slot
 from kvpersist.index.fields import Part
 from kvpersist.index.writer import Writer, live
 
-__all__ = ["OnCorrupt", "Query", "Reader"]
+__all__ = ["OnCorrupt", "Query", "Reader", "decoded"]
 
 R = TypeVar("R")
 
@@ -82,7 +82,10 @@ class Reader(Generic[R]):
         if whole and not where:
             return Query(None, self._records, keys.prefix_end(self._records), None, _tag("", "", ""))
         known = await self._definitions.fresh()
-        return self._plan(known, where)
+        try:
+            return self._plan(known, where)
+        except IndexNotReady:  # another process may have built it since
+            return self._plan(await self._definitions.refresh(), where)
 
     async def records(
         self, query: Query, start: str, limit: int, on_corrupt: OnCorrupt | None = None
@@ -207,6 +210,17 @@ class Reader(Generic[R]):
             if slot is not None and slot.state == "readable":
                 return msgspec.structs.replace(_query(slot, where), version=known.version)
         raise IndexNotReady(self._definitions.collection, candidates[0][2].name)
+
+
+def decoded(codec: RecordCodec[R], entries: Iterable[Entry], on_corrupt: OnCorrupt | None) -> Iterator[R]:
+    """Decode entries; ``on_corrupt`` is handed the errors of damaged ones, which without it are raised."""
+    for entry in entries:
+        try:
+            yield codec.decode(entry.key, entry.value)
+        except CorruptRecord as error:
+            if on_corrupt is None:
+                raise
+            on_corrupt(error)
 
 
 def _fit(bound: BoundIndex, where: Mapping[str, Any]) -> int | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -808,3 +810,22 @@ def test_an_import_on_a_terminal_shows_its_progress_on_stderr_only(url: str, tmp
 
     assert "50/50" in uncoloured(shown)
     assert b"/50" not in piped.stderr + piped.stdout
+
+
+# ---- damage
+
+
+def test_a_damaged_message_is_told_and_the_others_are_shown(kv: Command, talk: str, tmp_path: Path) -> None:
+    whole = kv("timeline", talk, "--json").json["items"]
+    with contextlib.closing(sqlite3.connect(tmp_path / "test.db")) as database, database:
+        first = "SELECT min(k) FROM kv WHERE k LIKE 'kv:message:%'"
+        database.execute(f"UPDATE kv SET v = CAST(v || x'00' AS BLOB) WHERE k = ({first})")
+
+    timeline = kv("timeline", talk, "--json")
+    search = kv("search", "e", "--json")
+
+    assert timeline.code == search.code == 1
+    assert len(timeline.json["items"]) == len(whole) - 1
+    assert "KV500 left out: the record at 'kv:message:" in timeline.err
+    assert "KV500 left out" in search.err and search.json
+    assert kv("sessions").code == 0

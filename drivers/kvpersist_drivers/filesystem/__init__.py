@@ -174,15 +174,16 @@ class FilesystemDriver:
 
     async def compact(self, limit: int = 500) -> int:
         """Remove expired entries, of some thousands looked at, and folders that have become empty."""
-        if not await self._reading(self._reader.may_expire):
-            return 0
-        found = await self._reading(partial(self._reader.expired, limit))
-        if not found:
+        found: list[str] = []
+        if await self._reading(self._reader.may_expire):
+            found = await self._reading(partial(self._reader.expired, limit))
+        if found:
+            return await self._writes.run(partial(self._writer.sweep, found), settle=True)
+        if self._writer.removed:  # by this driver: others look after their own
+            self._writer.removed = False
             empty = await self._reading(self._reader.empty)
-            if empty:
-                await self._writes.run(partial(self._writer.prune, empty), settle=True)
-            return 0
-        return await self._writes.run(partial(self._writer.sweep, found), settle=True)
+            await self._writes.run(partial(self._writer.prune, empty), settle=True)
+        return 0
 
     async def close(self) -> None:
         if self._refusal is not None:  # closed, or of the parent process, whose threads are not here

@@ -35,6 +35,7 @@ class Writer:
         self._root, self._sync, self._busy_timeout = root, sync, busy_timeout
         self._head = Head(False, 0, True)
         self._expiring = False  # whether the store is marked as one that has expiring entries
+        self.removed = False  # whether a folder may have become empty
         self._dirty: set[str] = set()  # folders whose names are not on the disk yet
 
     def open(self) -> None:
@@ -72,6 +73,7 @@ class Writer:
                     self.journal.carry_out(Step("", path, name))
                     self._dirty.add(path)
                     removed += 1
+                    self.removed = True
             self._synced()
         return removed
 
@@ -147,6 +149,7 @@ class Writer:
                 effects.append((folder, name, pack(op.key, batch.version, op.expires_at, hashed), op.value))
             elif not isinstance(op, Check):
                 effects.append((folder, name, None, b""))
+                self.removed = True
         return effects
 
     def _alone(self, effect: _Effect) -> None:

@@ -48,20 +48,13 @@ class Writer:
 
     def commit(self, batches: Sequence[Batch]) -> list[_Answer]:
         """As the driver's."""
-        if not self.journal.writable:
-            raise ReadOnly(f"{self._root} cannot be written")
-        try:
-            with self.locked():
-                return self._apply(batches)
-        except OSError as error:
-            if isinstance(error, KvError):
-                raise
-            raise translated(error, "commit", self._root) from error
+        with self._translated("commit"), self.locked():
+            return self._apply(batches)
 
     def sweep(self, keys: Sequence[str]) -> int:
         """Remove those of ``keys`` that have expired; return how many."""
         now, removed = self.clock(), 0
-        with self.locked():
+        with self._translated("compact"), self.locked():
             for key in keys:
                 path, name, _ = place(key)
                 try:
@@ -79,7 +72,7 @@ class Writer:
 
     def prune(self, paths: Sequence[str]) -> None:
         """Remove folders that are empty; one that is not stays."""
-        with self.locked():
+        with self._translated("compact"), self.locked():
             for path in paths:
                 above, _, name = path.rpartition("/")
                 parent = self.tree.folder(above)
@@ -91,6 +84,8 @@ class Writer:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the store's lock, with nothing pending."""
+        if not self.journal.writable:
+            raise ReadOnly(f"{self._root} cannot be written")
         if not self._lock.acquire(self._busy_timeout):
             raise Busy(f"filesystem, {self._root}: another process holds the lock; nothing was changed")
         try:
@@ -106,6 +101,15 @@ class Writer:
         self._lock.close()
         self.journal.close()
         self.tree.close()
+
+    @contextmanager
+    def _translated(self, operation: str) -> Iterator[None]:
+        try:
+            yield
+        except KvError:  # some are OSErrors themselves
+            raise
+        except OSError as error:
+            raise translated(error, operation, self._root) from error
 
     def _apply(self, batches: Sequence[Batch]) -> list[_Answer]:
         answers = [self._one(batch) for batch in batches]

@@ -140,7 +140,8 @@ def split(url: str) -> tuple[UrlParts, dict[str, str]]:
             return UrlParts(scheme="file", path=url, url=url), {}
         if not url.endswith(_SQLITE_FILE):
             raise BadOption(
-                "url", f"{_clip(url)!r} is neither a URL nor a .db file nor a folder/: write sqlite:///data.db or memory://"
+                "url",
+                f"{_clip(url)!r} is neither a URL nor a .db file nor a folder/: write sqlite:///data.db or memory://",
             )
         return UrlParts(scheme="sqlite", path=url, url=url), {}
     scheme, rest = url.split("://", 1)

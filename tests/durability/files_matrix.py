@@ -8,7 +8,6 @@ As sqlite_matrix.py, whose steps it takes, but without a loss of power. Two bugs
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shutil

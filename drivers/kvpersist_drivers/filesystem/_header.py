@@ -42,7 +42,7 @@ def unpack(key: str, data: bytes) -> Header:
         what = "it is empty" if not data else "its first line is cut off" if data[:4] == b"kv1 " else "foreign content"
         raise CorruptRecord(key, what)
     version, expires = line[1].decode(), line[2].decode()
-    if _crc(key, version, expires) != int(line[3], 16):
+    if _crc(key, version, expires) != int(line[3], 16) or (line[4] and line[4].decode() != key.encode().hex()):
         raise CorruptRecord(key, "the checksum of its first line does not match")
     return Header((bytes.fromhex(version), None if expires == "-" else float(expires), line.end()))
 

@@ -30,7 +30,7 @@ _DAMAGED: Final = b"\xff"  # no frame begins so: whoever decodes the value names
 _NO_VERSION: Final = bytes(8)
 
 
-class NotInline(Exception):  # noqa: N818  (no failure: it says where to read)
+class NotInline(Exception):
     """It would wait for a writer, or for a large file."""
 
 
@@ -103,7 +103,7 @@ class Reader:
 
     def empty(self) -> list[str]:
         """Folders that hold nothing."""
-        return list(empty_folders(self._tree))
+        return empty_folders(self._tree)
 
     def may_expire(self) -> bool:
         """Whether an entry with an expiry was ever written."""

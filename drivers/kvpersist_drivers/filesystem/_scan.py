@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from kvpersist.errors import CorruptRecord
 from kvpersist_drivers.filesystem._header import HEADER_BYTES, hashed_key
-from kvpersist_drivers.filesystem._names import file_text, folder_text, hashed_prefix, is_hashed
+from kvpersist_drivers.filesystem._names import file_text, folder_text, hashed_prefix, is_hashed, place
 from kvpersist_drivers.filesystem._tree import Tree
 
 __all__ = ["empty_folders", "keys"]
@@ -33,18 +33,21 @@ def keys(tree: Tree, start: str | None, end: str | None, reverse: bool) -> Itera
     yield from _below(tree, _Item("", "", ""), start, end, reverse)
 
 
-def empty_folders(tree: Tree, path: str = "") -> Iterator[str]:
-    """Yield the folders of keys that hold nothing, or only such, innermost first."""
+def empty_folders(tree: Tree, path: str = "") -> list[str]:
+    """The folders of keys that hold nothing, or only such, innermost first."""
+    found: list[str] = []
     for name in tree.names(path):
         if folder_text(name) is not None:
             inner = f"{path}/{name}" if path else name
-            yield from empty_folders(tree, inner)
-            if not tree.names(inner):
-                yield inner
+            below = empty_folders(tree, inner)
+            found += below
+            if {f"{inner}/{each}" for each in tree.names(inner)} <= set(below):
+                found.append(inner)
+    return found
 
 
-def _below(tree: Tree, place: _Item, start: str | None, end: str | None, reverse: bool) -> Iterator[str]:
-    items = sorted(_items(tree, place, start, end))
+def _below(tree: Tree, within: _Item, start: str | None, end: str | None, reverse: bool) -> Iterator[str]:
+    items = sorted(_items(tree, within, start, end))
     if any(item.of_integers for item in items):
         items = _untangled(tree, items, start, end)
     for item in reversed(items) if reverse else items:
@@ -54,16 +57,16 @@ def _below(tree: Tree, place: _Item, start: str | None, end: str | None, reverse
             yield item.low
 
 
-def _items(tree: Tree, place: _Item, start: str | None, end: str | None) -> Iterator[_Item]:
+def _items(tree: Tree, within: _Item, start: str | None, end: str | None) -> Iterator[_Item]:
     """What is in a folder and within the bounds."""
-    path, prefix = place.folder, place.prefix
+    path, prefix = within.folder, within.prefix
     for name in tree.names(path):
-        text = file_text(name, place.of_integers)
+        text = file_text(name, within.of_integers)
         if text is not None:
             key = prefix + text
             if (start is None or key >= start) and (end is None or key < end) and key:
                 yield _Item(key)
-        elif place.of_integers:
+        elif within.of_integers:
             continue
         elif (found := folder_text(name)) is not None:
             low = prefix + found[0]
@@ -81,17 +84,9 @@ def _hashed(tree: Tree, path: str, name: str) -> str | None:
     if data is None:
         return None
     key = hashed_key(where, data)
-    if place_of(key) != (path, name):
+    if place(key)[:2] != (path, name):
         raise CorruptRecord(where, "it is the file of another key")
     return key
-
-
-def place_of(key: str) -> tuple[str, str]:
-    """The folder and the name of the file of ``key``."""
-    from kvpersist_drivers.filesystem._names import place
-
-    folder, name, _ = place(key)
-    return folder, name
 
 
 def _may_hold(prefix: str, start: str | None, end: str | None) -> bool:

@@ -21,7 +21,7 @@ _FIRST_READ: Final = 16 << 10  # bytes
 _NOT_OURS: Final = (errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.EMLINK)
 
 
-class TooLarge(Exception):  # noqa: N818  (no failure: it says where to read on)
+class TooLarge(Exception):
     """The file has more bytes than the caller wanted to wait for."""
 
 

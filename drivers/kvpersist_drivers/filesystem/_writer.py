@@ -31,7 +31,7 @@ class Writer:
         self.clock = clock
         self.tree = Tree(root)
         self.journal = Journal(self.tree, sync=sync)
-        self._lock = FileLock(os.path.join(root, OWN, "lock"))
+        self._lock = FileLock(os.path.join(root, OWN, "lock")) if self.journal.writable else None
         self._root, self._sync, self._busy_timeout = root, sync, busy_timeout
         self._head = Head(False, 0, True)
         self._expiring = False  # whether the store is marked as one that has expiring entries
@@ -40,7 +40,7 @@ class Writer:
 
     def open(self) -> None:
         """Finish what a process that died has left."""
-        if not self.journal.writable:
+        if self._lock is None:
             return
         with self.locked():
             for name in self.tree.names(STAGE):
@@ -84,9 +84,10 @@ class Writer:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the store's lock, with nothing pending."""
-        if not self.journal.writable:
+        lock = self._lock
+        if lock is None:
             raise ReadOnly(f"{self._root} cannot be written")
-        if not self._lock.acquire(self._busy_timeout):
+        if not lock.acquire(self._busy_timeout):
             raise Busy(f"filesystem, {self._root}: another process holds the lock; nothing was changed")
         try:
             self._head = self.journal.head()
@@ -94,11 +95,12 @@ class Writer:
                 self._head = self.journal.settle(self._head)
             yield
         finally:
-            self._lock.release()
+            lock.release()
 
     def close(self) -> None:
         """Let go of everything."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
         self.journal.close()
         self.tree.close()
 

@@ -314,9 +314,6 @@ async def test_other_files_in_the_tree_are_passed_over(tmp_path: Path) -> None:
         assert [entry.key for entry in await driver.scan(None, None, limit=9)] == ["c:a", "l:k1234"]
 
 
-_HEADER = "kv1 {} - 00000000\n"
-
-
 @pytest.mark.parametrize(
     "content",
     [

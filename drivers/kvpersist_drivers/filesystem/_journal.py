@@ -64,6 +64,10 @@ class Journal:
             except FileNotFoundError:  # a copy that only has the records
                 self._descriptor = -1
 
+    def pending(self) -> bool:
+        """Whether a batch is under way, without a look at which."""
+        return self._descriptor >= 0 and _pread(self._descriptor, 6, 0) == b"kvj1 w"
+
     def head(self) -> Head:
         """Read the first line; what is none says that nothing is pending."""
         if self._descriptor < 0:

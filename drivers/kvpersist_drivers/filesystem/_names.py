@@ -29,6 +29,7 @@ _LONGEST: Final = 200  # bytes of an escaped piece; with an ending it must stay 
 _KEPT: Final = 160  # bytes of the text in a hashed name
 _RESERVED: Final = r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?![^.])"
 _PLAIN: Final = re.compile(rf"(?!{_RESERVED})[a-z0-9_#-](?:[a-z0-9_.#-]*[a-z0-9_#-])?")
+_SIMPLE_FILE: Final = re.compile(rf"(?![k-z][0-9a-f]{{4,}}\.)(?:{_PLAIN.pattern})\.json")  # most names: no second look
 _DEVICE: Final = re.compile(_RESERVED)
 _ODD: Final = re.compile(rb"[^a-z0-9_.#-]")
 _ESCAPED: Final = re.compile(rb"(?:[a-z0-9_.#-]|~[0-9a-f]{2})+")
@@ -88,6 +89,8 @@ def folder_text(name: str) -> tuple[str, bool] | None:
 
 def file_text(name: str, of_integers: bool) -> str | None:
     """The text that the file ``name`` stands for in its folder; None: not a file of ours, or hashed."""
+    if not of_integers and _SIMPLE_FILE.fullmatch(name):
+        return name[: -len(SUFFIX)]
     if not name.endswith(SUFFIX):
         return None
     stem = name[: -len(SUFFIX)]

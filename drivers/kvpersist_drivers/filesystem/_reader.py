@@ -54,17 +54,23 @@ class Reader:
         Raises:
             NotInline: a batch is under way, or a file has ``most`` bytes or more.
         """
+        now = self.clock()
         try:
-            before = None if len(wanted) == 1 else self._journal.head()
-            if before is not None and before.pending:
+            if len(wanted) == 1:  # one file is always whole; the batch that put it there must be, too
+                found: list[Entry | None] = [self._tree.entry(wanted[0], now, most)]
+                if self._journal.pending():
+                    raise NotInline
+                return found
+            before = self._journal.head()
+            if before.pending:
                 raise NotInline
-            found = [self._tree.entry(key, self.clock(), most) for key in wanted]
+            found = [self._tree.entry(key, now, most) for key in wanted]
             after = self._journal.head()
         except TooLarge as error:
             raise NotInline from error
         except OSError as error:
             raise self._failed(error, "get") from error
-        if after.pending or (before is not None and after.number != before.number):
+        if after.pending or after.number != before.number:
             raise NotInline
         return found
 

@@ -97,11 +97,11 @@ def _may_hold(prefix: str, start: str | None, end: str | None) -> bool:
 def _untangled(tree: Tree, items: list[_Item], start: str | None, end: str | None) -> list[_Item]:
     """List folders of integers where other keys lie between theirs: ``k12`` is between ``k11ff`` and ``k1200``."""
     whole: list[_Item] = []
+    tangled = False
     for number, item in enumerate(items):
-        bound = item.prefix + _AFTER_DIGITS
-        following = number + 1 < len(items) and items[number + 1].low < bound
-        if item.of_integers and following:
-            whole += _items(tree, item, start, end)
-        else:
+        if not item.of_integers or number + 1 == len(items) or items[number + 1].low >= item.prefix + _AFTER_DIGITS:
             whole.append(item)
-    return sorted(whole)
+        else:
+            tangled = True
+            whole += _items(tree, item, start, end)
+    return sorted(whole) if tangled else items

@@ -82,7 +82,7 @@ def list_names(folder: Folder) -> list[str]:
 
 def same_exists(folder: Folder) -> bool:
     """Whether the open folder is still in the tree: one that was removed has no link left."""
-    return not isinstance(folder, int) or os.fstat(folder).st_nlink > 0
+    return os.fstat(folder).st_nlink > 0 if isinstance(folder, int) else os.path.isdir(folder)
 
 
 def sync_folder(folder: Folder) -> None:

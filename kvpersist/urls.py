@@ -5,6 +5,8 @@
 ``sqlite:///rel.db``              a path relative to the current folder: three slashes
 ``sqlite:////var/lib/abs.db``     an absolute path: four (SQLAlchemy's rule)
 ``rel.db``, ``/var/lib/abs.db``   a path that ends in .db, .sqlite or .sqlite3 is a SQLite file
+``file:///var/lib/dir``           a folder of files, by its absolute path
+``./dir/``, ``/var/lib/dir/``     a path that ends in a slash is a folder of files
 ``{"type": "sqlite", ...}``       the driver's options and the store's settings by name
 ``{"url": "sqlite:///x.db", ..}``  a URL, and more options beside it
 ================================  =================================================================
@@ -134,9 +136,12 @@ def split(url: str) -> tuple[UrlParts, dict[str, str]]:
         BadOption: it is not a URL, has a fragment, or repeats one of our parameters.
     """
     if "://" not in url:
+        if url.endswith(("/", os.sep)):
+            return UrlParts(scheme="file", path=url, url=url), {}
         if not url.endswith(_SQLITE_FILE):
             raise BadOption(
-                "url", f"{_clip(url)!r} is neither a URL nor a .db file: write sqlite:///data.db or memory://"
+                "url",
+                f"{_clip(url)!r} is neither a URL nor a .db file nor a folder/: write sqlite:///data.db or memory://",
             )
         return UrlParts(scheme="sqlite", path=url, url=url), {}
     scheme, rest = url.split("://", 1)

@@ -92,6 +92,17 @@ static int reached_fd(const char *name, int fd) {
     return reached(name, path);
 }
 
+static int reached_at(const char *name, int folder, const char *entry) {
+    char link[64], path[8500];
+    if (folder == AT_FDCWD || entry[0] == '/') return reached(name, entry);
+    if (!getenv("KP_N")) return 0;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", folder);
+    ssize_t n = readlink(link, path, 4096);
+    if (n < 0) return 0;
+    snprintf(path + n, sizeof path - (size_t)n, "/%s", entry);
+    return reached(name, path);
+}
+
 static int fault(void) {
     const char *mode = getenv("KP_MODE");
     if (!mode || !strcmp(mode, "kill")) {
@@ -117,3 +128,7 @@ WRAP(int, ftruncate, (int fd, off_t n), real(fd, n), reached_fd("truncate", fd))
 WRAP(int, ftruncate64, (int fd, off64_t n), real(fd, n), reached_fd("truncate", fd))
 WRAP(int, rename, (const char *a, const char *b), real(a, b), reached("rename", b))
 WRAP(int, unlink, (const char *a), real(a), reached("unlink", a))
+WRAP(int, renameat, (int x, const char *a, int y, const char *b), real(x, a, y, b), reached_at("rename", y, b))
+WRAP(int, unlinkat, (int x, const char *a, int flags), real(x, a, flags), reached_at("unlink", x, a))
+WRAP(int, mkdirat, (int x, const char *a, mode_t mode), real(x, a, mode), reached_at("mkdir", x, a))
+WRAP(int, mkdir, (const char *a, mode_t mode), real(a, mode), reached("mkdir", a))

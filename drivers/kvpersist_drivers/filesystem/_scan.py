@@ -1,0 +1,107 @@
+"""Files in the order of their keys: folders are listed only where the bounds and the limit lead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from kvpersist.errors import CorruptRecord
+from kvpersist_drivers.filesystem._header import HEADER_BYTES, hashed_key
+from kvpersist_drivers.filesystem._names import file_text, folder_text, hashed_prefix, is_hashed, place
+from kvpersist_drivers.filesystem._tree import Tree
+
+__all__ = ["empty_folders", "keys"]
+
+_AFTER_DIGITS: Final = "g"
+
+
+class _Item(NamedTuple):
+    """A file, by its key, or a folder, by the lowest key that it can hold."""
+
+    low: str
+    folder: str = ""
+    prefix: str = ""
+    of_integers: bool = False
+
+
+def keys(tree: Tree, start: str | None, end: str | None, reverse: bool) -> Iterator[str]:
+    """Yield the keys of ``[start, end)`` that have a file, in order, or backwards.
+
+    Raises:
+        CorruptRecord: a file with a hashed name does not tell its key; it is named by its path.
+    """
+    yield from _below(tree, _Item("", "", ""), start, end, reverse)
+
+
+def empty_folders(tree: Tree, path: str = "") -> list[str]:
+    """The folders of keys that hold nothing, or only such, innermost first."""
+    found: list[str] = []
+    for name in tree.names(path):
+        if folder_text(name) is not None:
+            inner = f"{path}/{name}" if path else name
+            below = empty_folders(tree, inner)
+            found += below
+            if {f"{inner}/{each}" for each in tree.names(inner)} <= set(below):
+                found.append(inner)
+    return found
+
+
+def _below(tree: Tree, within: _Item, start: str | None, end: str | None, reverse: bool) -> Iterator[str]:
+    items = sorted(_items(tree, within, start, end))
+    if any(item.of_integers for item in items):
+        items = _untangled(tree, items, start, end)
+    for item in reversed(items) if reverse else items:
+        if item.folder:
+            yield from _below(tree, item, start, end, reverse)
+        else:
+            yield item.low
+
+
+def _items(tree: Tree, within: _Item, start: str | None, end: str | None) -> Iterator[_Item]:
+    """What is in a folder and within the bounds."""
+    path, prefix = within.folder, within.prefix
+    for name in tree.names(path):
+        text = file_text(name, within.of_integers)
+        if text is not None:
+            key = prefix + text
+            if (start is None or key >= start) and (end is None or key < end) and key:
+                yield _Item(key)
+        elif within.of_integers:
+            continue
+        elif (found := folder_text(name)) is not None:
+            low = prefix + found[0]
+            if _may_hold(low, start, end):
+                yield _Item(low + "000" if found[1] else low, f"{path}/{name}" if path else name, low, found[1])
+        elif is_hashed(name) and (text := hashed_prefix(name)) is not None and _may_hold(prefix + text, start, end):
+            key = _hashed(tree, path, name)
+            if key is not None and (start is None or key >= start) and (end is None or key < end):
+                yield _Item(key)
+
+
+def _hashed(tree: Tree, path: str, name: str) -> str | None:
+    where = f"{path}/{name}" if path else name
+    data = tree.read(path, name, HEADER_BYTES)
+    if data is None:
+        return None
+    key = hashed_key(where, data)
+    if place(key)[:2] != (path, name):
+        raise CorruptRecord(where, "it is the file of another key")
+    return key
+
+
+def _may_hold(prefix: str, start: str | None, end: str | None) -> bool:
+    """Whether a key that begins with ``prefix`` can lie in ``[start, end)``."""
+    return (end is None or prefix < end) and (start is None or prefix >= start or start.startswith(prefix))
+
+
+def _untangled(tree: Tree, items: list[_Item], start: str | None, end: str | None) -> list[_Item]:
+    """List folders of integers where other keys lie between theirs: ``k12`` is between ``k11ff`` and ``k1200``."""
+    whole: list[_Item] = []
+    tangled = False
+    for number, item in enumerate(items):
+        if not item.of_integers or number + 1 == len(items) or items[number + 1].low >= item.prefix + _AFTER_DIGITS:
+            whole.append(item)
+        else:
+            tangled = True
+            whole += _items(tree, item, start, end)
+    return sorted(whole) if tangled else items

@@ -17,6 +17,8 @@ from kvpersist_drivers.redis._errors import is_missing_script, of_client
 
 __all__ = ["COMMIT", "PERMIT", "SCAN", "SWEEP", "Connections", "Script"]
 
+_CLOSE_SECONDS: Final = 2.0  # that calls under way have when the driver is closed
+
 
 class Script:
     """A script of ``redis.lua`` and the name the server knows it by."""
@@ -50,6 +52,7 @@ class Connections:
         self._where = where
         self._idle: list[AbstractConnection] = []
         self._all: list[AbstractConnection] = []
+        self._asking: set[AbstractConnection] = set()
         self._limit = limit
         self._free = asyncio.Semaphore(limit)
         self._closed = False
@@ -71,6 +74,7 @@ class Connections:
                 if self._closed:
                     raise StoreClosed("the store was closed: open it again")
                 self.calls += 1
+                self._asking.add(connection)
                 await connection.send_packed_command(packed, check_health=False)
                 answer = await connection.read_response(disable_decoding=True)
             except (ResponseError, StoreClosed):
@@ -86,6 +90,7 @@ class Connections:
                 await connection.disconnect(nowait=True)
                 raise
             finally:
+                self._asking.discard(connection)
                 self._idle.append(connection)
         return answer
 
@@ -99,19 +104,25 @@ class Connections:
         return await self.call("EVAL", script.text, len(keys), *keys, *args, writes=writes)
 
     async def close(self) -> None:
-        """Give the connections back to the client, closed, when no call is in them any more."""
+        """Let calls under way end, then give the connections back to the client, closed."""
         if self._closed:
             return
         self._closed = True
-        for connection in self._all:
-            await connection.disconnect(nowait=True)  # a call that waits for its answer fails now
-        for _ in range(self._limit):
-            await self._free.acquire()
+        held = 0
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                while held < self._limit:
+                    await self._free.acquire()
+                    held += 1
+        except TimeoutError:
+            for connection in list(self._asking):
+                await connection.disconnect(nowait=True)  # its call fails now
+            for _ in range(held, self._limit):
+                await self._free.acquire()
         for connection in self._all:
             await connection.disconnect(nowait=True)
             await self._client.connection_pool.release(connection)
-        self._all, self._idle = [], []
-        for _ in range(self._limit):
+        for _ in range(self._limit):  # calls still to come are refused, not kept waiting
             self._free.release()
 
     async def _ready(self) -> AbstractConnection:

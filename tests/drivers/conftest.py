@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "services"))  # for redis_server.py
 
-from redis_server import RedisServer, missing  # noqa: E402
+from redis_server import RedisServer, missing
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ its configuration makes it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Final, Self
+from typing import Annotated, Any, ClassVar, Final, Self, cast
 from urllib.parse import urlsplit
 
 from msgspec import Meta, Struct, structs
@@ -112,8 +112,10 @@ class RedisDriver:
         client = _client(options)
         try:
             driver = await cls.over(client, base=options.base, pool_max=options.pool_max)
-        except BaseException:
+        except BaseException as error:
             await client.aclose()
+            if isinstance(error, TypeError) and "argument" in str(error):  # from the parameters of the URL
+                raise BadOption("url", str(error)) from error
             raise
         driver._owns_client = True
         return driver
@@ -211,7 +213,7 @@ class RedisDriver:
             names = self._names(space.decode())
             looked = 1
             while looked and removed < limit:
-                gone, looked = await self._run(SWEEP, [names.index, names.expiries], [names.prefix, limit - removed])
+                gone, looked = await self._run(SWEEP, [names.lex, names.expiries], [names.prefix, limit - removed])
                 removed += gone
         return removed
 
@@ -260,8 +262,13 @@ class RedisDriver:
 
     async def _probe(self) -> None:
         """Learn what the server is, and whether this user may do what a commit needs."""
-        lines = (await self._ask("INFO", "server")).decode("utf-8", "replace").splitlines()
-        info = dict(line.split(":", 1) for line in lines if ":" in line)
+        try:
+            told: bytes = await self._ask("INFO", "server")
+        except KvError as error:
+            if type(error) not in (ReadOnly, KvError):
+                raise
+            told = b""  # not for this user
+        info = dict(line.split(":", 1) for line in told.decode("utf-8", "replace").splitlines() if ":" in line)
         if info.get("redis_mode", "standalone") != "standalone":
             raise Unsupported(f"a server in {info['redis_mode']} mode ({self._where})", "name a single server")
         version = info.get("redis_version", "")
@@ -269,7 +276,7 @@ class RedisDriver:
         if numbers and numbers < _OLDEST:
             raise Unsupported(f"Redis {version} ({self._where})", "it needs 6.2 or later")
         valkey = info.get("valkey_version")
-        server = f"Valkey {valkey}" if valkey else f"Redis {version}"
+        server = f"Valkey {valkey}" if valkey else f"Redis {version}".strip()
         self.capabilities = structs.replace(self.capabilities, server=server)
         try:
             await self._run(PERMIT, [f"{self._base}:?"], [])
@@ -316,14 +323,15 @@ def _client(options: RedisOptions) -> Redis:
             raise Unsupported("a list of servers, as of Redis Cluster or Sentinel,", "name a single server")
         if scheme != "unix" and not (parts.path.strip("/") or "0").isdigit():
             raise BadOption("url", "behind the server stands the number of a database, such as redis://host:6379/0")
-        return Redis.from_url(
+        alive = {} if scheme == "unix" else {"socket_keepalive": True}
+        return cast(Any, Redis).from_url(  # whose types are not whole
             url,
             protocol=2,
             retry=Retry(NoBackoff(), 0),  # a second attempt at a write is the store's to decide
             socket_timeout=None,  # kv.timeout is counted for the whole call
             socket_connect_timeout=_CONNECT_SECONDS,
             socket_read_size=1 << 16,
-            socket_keepalive=True,
+            **alive,
         )
     except ValueError as error:
         if isinstance(error, KvError):

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from hashlib import sha1
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import hiredis
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    BusyLoadingError,
+    RedisError,
+    ResponseError,
+)
 
 from kvpersist.errors import CommitUnknown, KvError, StoreClosed, Unavailable
 from kvpersist_drivers.redis._errors import is_missing_script, of_client
 
 __all__ = ["COMMIT", "PERMIT", "SCAN", "SWEEP", "Connections", "Script"]
 
+_packed: Final[Callable[[tuple[str | bytes | int, ...]], bytes]] = cast(Any, hiredis).pack_command  # no whole types
 _CLOSE_SECONDS: Final = 2.0  # that calls under way have when the driver is closed
 
 
@@ -65,7 +73,7 @@ class Connections:
             CommitUnknown: it was sent, the answer is lost, and it ``writes``.
             RedisError: the server's own refusal of this command.
         """
-        packed = hiredis.pack_command(command)  # pyright: ignore[reportArgumentType] # its stub wants one kind only
+        packed = _packed(command)
         async with self._free:
             if self._closed:
                 raise StoreClosed("the store was closed: open it again")
@@ -76,8 +84,8 @@ class Connections:
                 self.calls += 1
                 self._asking.add(connection)
                 await connection.send_packed_command(packed, check_health=False)
-                answer = await connection.read_response(disable_decoding=True)
-            except (ResponseError, StoreClosed):
+                answer: Any = await connection.read_response(disable_decoding=True)
+            except (ResponseError, AuthenticationError, AuthorizationError, BusyLoadingError, StoreClosed):
                 raise
             except (RedisError, OSError) as error:
                 await connection.disconnect(nowait=True)

@@ -12,6 +12,7 @@ from kvpersist.errors import BadOption, KvError, ReadOnly, Unavailable, Unsuppor
 __all__ = ["is_missing_script", "of_client", "of_reply"]
 
 _CODE: Final = re.compile(r"(?:^|: -?|^-)([A-Z]{2,})\b")  # also inside "Error running script ..: -OOM .." of Redis 6
+_IN_SCRIPT: Final = "user executing the script can't"  # what NOPERM is called inside a script
 _LATER: Final = {"OOM", "LOADING", "BUSY", "MISCONF", "NOREPLICAS", "MASTERDOWN", "TRYAGAIN", "CLUSTERDOWN"}
 _CLUSTER: Final = {"MOVED", "ASK", "CROSSSLOT"}
 _DENIED: Final = (theirs.AuthenticationError, theirs.AuthorizationError, theirs.AuthenticationWrongNumberOfArgsError)
@@ -48,7 +49,7 @@ def of_reply(text: str, where: str, code: str | None = None) -> KvError:
     """The error of ours for an error of the server; each of these means that nothing was changed."""
     if code is None:
         found = _CODE.search(text)
-        code = found[1] if found else "ERR"
+        code = "NOPERM" if _IN_SCRIPT in text else found[1] if found else "ERR"
     message = f"{where}: {text}"
     if code in _LATER:
         return Unavailable(f"{message}; nothing was changed")

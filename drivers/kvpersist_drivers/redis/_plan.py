@@ -19,7 +19,7 @@ class Names(NamedTuple):
     """Of a namespace; all have the same hash tag, which is never empty."""
 
     prefix: str  # of entries
-    index: str
+    lex: str  # the index
     expiries: str
 
 

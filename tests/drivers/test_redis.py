@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import shutil
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis, RedisCluster
-from redis_server import RedisServer
+from redis_server import RedisServer, free_port
 
 import kvpersist
 from kvpersist import Message, ToolCallPart
@@ -263,6 +267,26 @@ async def test_a_scan_goes_past_thousands_of_expired_keys(driver: RedisDriver) -
     assert await driver._client.zcard(names_of(driver._base, "c").lex) == 1
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+async def test_a_long_scan_is_read_in_pages_of_a_thousand(driver: RedisDriver, reverse: bool) -> None:
+    keys = [f"c:{number:04}" for number in range(2500)] + [f"d:{number:04}" for number in range(1500)]
+    for at in range(0, len(keys), 1000):
+        await driver.commit([batch(*(Put(key, b"v") for key in group)) for group in _by_space(keys[at : at + 1000])])
+    before = driver._connections.calls
+
+    inside = await driver.scan("c:", "c;", limit=10_000, reverse=reverse)
+    calls = driver._connections.calls - before
+    everything = await driver.scan(None, None, limit=3900, reverse=reverse)
+
+    assert calls <= 4  # three pages, and the script's text where the server did not know it
+    assert [entry.key for entry in inside] == sorted(keys[:2500], reverse=reverse)
+    assert [entry.key for entry in everything] == sorted(keys, reverse=reverse)[:3900]
+
+
+def _by_space(keys: list[str]) -> list[list[str]]:
+    return [list(group) for _, group in itertools.groupby(keys, lambda key: key.partition(":")[0])]
+
+
 async def test_a_foreign_or_damaged_value_is_named_and_not_returned(driver: RedisDriver) -> None:
     await driver.commit([batch(Put("c:a", b"value")), batch(Put("c:b", b"value"))])
     whole = await driver._client.get(_name(driver, "c:a"))
@@ -271,9 +295,9 @@ async def test_a_foreign_or_damaged_value_is_named_and_not_returned(driver: Redi
 
         with pytest.raises(CorruptRecord, match="c:a"):
             await driver.get(["c:a"])
-        if damaged:
+        for keys_only in (True, False):
             with pytest.raises(CorruptRecord, match="c:a"):
-                await driver.scan("c:", "c;", limit=5)
+                await driver.scan("c:", "c;", limit=5, keys_only=keys_only)
     assert [entry and entry.value for entry in await driver.get(["c:b"])] == [b"value"]
 
 
@@ -371,6 +395,23 @@ async def test_a_user_who_lacks_one_command_writes_nothing(own_server: RedisServ
             assert await driver.scan(None, None, limit=5) == []
 
 
+async def test_the_rights_that_the_page_names_suffice(own_server: RedisServer) -> None:
+    rights = "+@read +@write +@string +@sortedset +@set +@scripting +@connection +info +time"
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "redis.md"
+    if page.exists():  # not where the tests of a wheel run
+        assert rights in page.read_text("utf-8")
+    own_server.say("ACL", "SETUSER", "bob", "reset", "on", ">pw", "~kvpersist:*", *rights.split())
+
+    async with kvpersist.open_store(f"redis://bob:pw@127.0.0.1:{own_server.port}/1") as store:
+        await store.put("c:a", 1, ttl=60)
+        await store.put_many({"c:b": 2, "plain": 3})
+        await store.delete("c:b")
+        await store.sweep()
+
+        assert await store.snapshot() == {"c:a": 1, "plain": 3}
+        assert store.capabilities.server.startswith("Redis 7")
+
+
 async def test_a_wrong_password_is_told_and_not_tried_again(own_server: RedisServer) -> None:
     own_server.say("CONFIG", "SET", "requirepass", "right")
     for url in ("redis://127.0.0.1:{}", "redis://:wr0ng@127.0.0.1:{}", "redis://ada:wr0ng@127.0.0.1:{}/0"):
@@ -401,6 +442,39 @@ def test_a_password_is_not_shown() -> None:
 async def test_an_address_without_meaning_is_refused(url: str, error: type[KvError]) -> None:
     with pytest.raises(error):
         await RedisDriver.open(RedisOptions(url=url))
+
+
+@pytest.mark.parametrize("module", ["redis", "hiredis"])
+def test_without_its_client_it_says_what_to_install(module: str) -> None:
+    program = f"import sys; sys.modules[{module!r}] = None\nimport asyncio, kvpersist\n"
+    program += "async def main(): await kvpersist.open_store('redis://localhost')\nasyncio.run(main())"
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+    assert "pip install 'kvpersist[redis]'" in done.stderr
+
+
+async def test_tls_is_spoken_with_a_server_whose_certificate_is_known(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl")
+    key, certificate = str(tmp_path / "key"), str(tmp_path / "certificate")
+    request = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    names = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    command = ["openssl", "req", *request, *names, "-keyout", key, "-out", certificate]
+    subprocess.run(command, check=True, capture_output=True)
+    port = free_port()
+    tls = ["--tls-port", str(port), "--tls-cert-file", certificate, "--tls-key-file", key, "--tls-auth-clients", "no"]
+    server = RedisServer(*tls)
+    try:
+        async with kvpersist.open_store(f"rediss://127.0.0.1:{port}?ssl_ca_certs={certificate}") as store:
+            await store.put("greeting", "hello")
+            assert await store.get("greeting") == "hello"
+        with pytest.raises(Unavailable, match=r"(?i)certificate"):
+            await RedisDriver.open(RedisOptions(url=f"rediss://127.0.0.1:{port}"))
+    finally:
+        server.close()
 
 
 async def test_a_client_of_a_cluster_is_refused() -> None:

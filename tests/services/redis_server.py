@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-__all__ = ["RedisServer", "missing"]
+__all__ = ["RedisServer", "free_port", "missing"]
 
 _PATIENCE = 20.0  # seconds a server may take to start or stop
 
@@ -36,6 +36,13 @@ def missing() -> str | None:
     return f"needs redis-server, which apt-get could not install: {done.stderr[-300:]}"
 
 
+def free_port() -> int:
+    """A loopback port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class RedisServer:
     """One server. ``restart`` keeps the port and, with ``appendonly``, the data."""
 
@@ -44,9 +51,7 @@ class RedisServer:
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
         self.socket = f"{self._folder}/redis.sock"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self.start()
 
     @property

@@ -156,7 +156,7 @@ class RedisDriver:
             raise ReadOnly(self._denied)
         keys, args = plan.command()
         try:
-            failed = await self._connections.run(COMMIT, keys, args, writes=True)
+            failed = cast("list[Any]", await self._connections.run(COMMIT, keys, args, writes=True))
         except RedisError as error:
             answer = of_client(error, self._where)
             if type(answer) is KvError:  # of the script itself, somewhere in the middle
@@ -166,7 +166,7 @@ class RedisDriver:
             places = [at for at, answer in enumerate(answers) if isinstance(answer, Committed) and batches[at].ops]
             for at in range(0, len(failed), 3):
                 number, position, found = failed[at : at + 3]
-                place = places[number - 1]
+                place = places[int(number) - 1]
                 answers[place] = self._failure(batches[place], position, found)
         return answers
 
@@ -327,6 +327,7 @@ def _client(options: RedisOptions) -> Redis:
         return cast(Any, Redis).from_url(  # whose types are not whole
             url,
             protocol=2,
+            max_connections=options.pool_max,
             retry=Retry(NoBackoff(), 0),  # a second attempt at a write is the store's to decide
             socket_timeout=None,  # kv.timeout is counted for the whole call
             socket_connect_timeout=_CONNECT_SECONDS,

@@ -84,7 +84,7 @@ class Connections:
                 self.calls += 1
                 self._asking.add(connection)
                 await connection.send_packed_command(packed, check_health=False)
-                answer: Any = await connection.read_response(disable_decoding=True)
+                return cast(Any, await connection.read_response(disable_decoding=True))
             except (ResponseError, AuthenticationError, AuthorizationError, BusyLoadingError, StoreClosed):
                 raise
             except (RedisError, OSError) as error:
@@ -100,7 +100,6 @@ class Connections:
             finally:
                 self._asking.discard(connection)
                 self._idle.append(connection)
-        return answer
 
     async def run(self, script: Script, keys: list[str], args: list[str | bytes | int], writes: bool = False) -> Any:
         """Call a script by its name, or with its text where the server has forgotten it."""

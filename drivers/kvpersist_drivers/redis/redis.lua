@@ -160,7 +160,8 @@ else
   stored = {}
   for i = 1, count do
     local head = redis.pcall('GETRANGE', names[i], 0, 19)
-    stored[i] = type(head) == 'string' and head ~= '' and head
+    if head == '' and redis.call('EXISTS', names[i]) == 0 then head = false end
+    stored[i] = type(head) == 'string' and head
   end
 end
 

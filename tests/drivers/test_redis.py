@@ -19,7 +19,7 @@ from redis_server import RedisServer, free_port
 
 import kvpersist
 from kvpersist import Message, ToolCallPart
-from kvpersist.driver import ABSENT, HEADER_BYTES, Check, Committed, Delete, Put, packed_header, unpacked_entry
+from kvpersist.driver import ABSENT, HEADER_BYTES, Check, Committed, Delete, Put
 from kvpersist.errors import (
     BadKey,
     BadOption,
@@ -299,19 +299,6 @@ async def test_a_foreign_or_damaged_value_is_named_and_not_returned(driver: Redi
             with pytest.raises(CorruptRecord, match="c:a"):
                 await driver.scan("c:", "c;", limit=5, keys_only=keys_only)
     assert [entry and entry.value for entry in await driver.get(["c:b"])] == [b"value"]
-
-
-def test_a_header_gives_back_what_was_packed() -> None:
-    for expires_ms in (0, 1, 1_700_000_000_123, 1 << 53):
-        header = packed_header(b"\x00version"[:8], expires_ms)
-
-        assert len(header) == HEADER_BYTES
-        entry = unpacked_entry("k", header + b"value")
-        assert (entry.value, entry.version, round((entry.expires_at or 0) * 1000)) == (
-            b"value",
-            b"\x00version"[:8],
-            expires_ms,
-        )
 
 
 # -- what is refused -----------------------------------------------------------------------------

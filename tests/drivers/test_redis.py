@@ -470,8 +470,8 @@ async def test_a_client_of_a_cluster_is_refused() -> None:
         await RedisDriver.over(client)
 
 
-async def test_a_server_in_cluster_mode_is_refused() -> None:
-    server = RedisServer("--cluster-enabled", "yes", "--cluster-port", "0")
+async def test_a_server_in_cluster_mode_is_refused(redis_server: RedisServer) -> None:
+    server = RedisServer("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
     try:
         with pytest.raises(Unsupported, match="cluster"):
             await RedisDriver.open(RedisOptions(url=server.url))

@@ -51,8 +51,16 @@ class RedisServer:
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
         self.socket = f"{self._folder}/redis.sock"
-        self.port = free_port()
-        self.start()
+        for attempts_left in (2, 1, 0):
+            self.port = free_port()
+            try:
+                self.start()
+            except RuntimeError:  # somebody else took the port meanwhile, or the options are wrong
+                if not attempts_left:
+                    self.close()
+                    raise
+            else:
+                break
 
     @property
     def url(self) -> str:
@@ -67,7 +75,7 @@ class RedisServer:
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > until:
                 told = Path(self._folder, "log").read_text("utf-8", "replace")[-2000:]
-                self.close()
+                self.stop()
                 raise RuntimeError(f"redis-server did not start:\n{told}")
             time.sleep(0.02)
 

@@ -18,18 +18,21 @@ author writes; `kvpersist.testing.DriverContract` proves them. Rules that hold f
 
 from __future__ import annotations
 
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any, ClassVar, Final, Literal, Protocol, TypeAlias, runtime_checkable
+from zlib import crc32
 
 import msgspec
 
-from kvpersist.errors import KvError, MissingExtra
+from kvpersist.errors import BadRequest, CorruptRecord, KvError, MissingExtra
 
 __all__ = [
     "ABSENT",
     "DRIVER_API",
+    "HEADER_BYTES",
     "Absent",
     "BacksUp",
     "Batch",
@@ -51,7 +54,10 @@ __all__ = [
     "UsesClock",
     "Watches",
     "deref_by_get",
+    "milliseconds",
     "needs_extra",
+    "packed_header",
+    "unpacked_entry",
 ]
 
 DRIVER_API: Final = 1
@@ -71,6 +77,12 @@ ABSENT: Final = Absent.ABSENT
 Expect: TypeAlias = bytes | Absent
 Clock: TypeAlias = Callable[[], float]
 """Seconds since 1970, as ``time.time``."""
+
+HEADER_BYTES: Final = 20
+"""Length of what `packed_header` returns."""
+
+_HEADER: Final = struct.Struct(">8sQI")  # version, expiry in milliseconds or 0 for never, CRC32 of both
+_FAR: Final = 1 << 53  # milliseconds: up to here every double holds them exactly
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
@@ -281,6 +293,39 @@ async def deref_by_get(driver: Gets, entries: list[Entry], prefix: str) -> list[
         Entry(entry.key, entry.value, entry.version, entry.expires_at, target)
         for entry, target in zip(entries, targets, strict=True)
     ]
+
+
+def milliseconds(expires_at: float | None) -> int:
+    """Return an expiry as `packed_header` keeps it: 0 never, 1 at the least.
+
+    Raises:
+        BadRequest: it is not a number.
+    """
+    if expires_at is None:
+        return 0
+    if expires_at != expires_at:
+        raise BadRequest("an expiry is a number of seconds since 1970, not NaN")
+    return int(max(1, min(expires_at * 1000, _FAR)))
+
+
+def packed_header(version: bytes, expires_ms: int) -> bytes:
+    """Return what a driver writes before the value where its backend keeps nothing but bytes."""
+    head = version + expires_ms.to_bytes(8, "big")
+    return head + crc32(head).to_bytes(4, "big")
+
+
+def unpacked_entry(key: str, stored: bytes) -> Entry:
+    """Return the entry that was stored as header and value.
+
+    Raises:
+        CorruptRecord: this is no header, or a damaged one.
+    """
+    if len(stored) < HEADER_BYTES:
+        raise CorruptRecord(key, f"{len(stored)} bytes are shorter than a header")
+    version, expires_ms, check = _HEADER.unpack_from(stored)
+    if check != crc32(stored[:16]):
+        raise CorruptRecord(key, "its header is not what was written")
+    return Entry(key, stored[HEADER_BYTES:], version, expires_ms / 1000 if expires_ms else None)
 
 
 @contextmanager

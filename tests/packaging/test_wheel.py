@@ -31,6 +31,7 @@ def test_the_wheel_holds_every_module_and_the_type_marker(wheel: zipfile.ZipFile
     assert expected <= names
     assert "kvpersist/py.typed" in names
     assert "kvpersist/cli/demo.json" in names
+    assert "kvpersist_drivers/redis/redis.lua" in names
 
 
 def test_the_wheel_holds_nothing_else_at_the_top(wheel: zipfile.ZipFile) -> None:

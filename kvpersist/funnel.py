@@ -71,7 +71,8 @@ class _Call(Generic[I, O]):
         elif future.done():  # its caller was cancelled
             return
         elif isinstance(answer, BaseException):
-            own = copy.copy(answer)  # an instance each: a traceback grows where an exception is raised
+            # an instance each: a traceback grows where an exception is raised; a caller's own may refuse to be copied
+            own = copy.copy(answer) if isinstance(answer, KvError) else answer
             own.__cause__ = answer.__cause__
             future.set_exception(own)
         else:

@@ -48,30 +48,30 @@ class Turn:
 
 
 class Edit:
-    """Change one message. Answered with it, None if there is none."""
+    """Change one message. Answered with it, None if there is none, or another (a session's id may be used again)."""
 
-    __slots__ = ("fn", "number")
+    __slots__ = ("fn", "id", "number")
 
-    def __init__(self, number: int, fn: Callable[[Message], Message]) -> None:
-        self.number, self.fn = number, fn
+    def __init__(self, number: int, id: str, fn: Callable[[Message], Message]) -> None:
+        self.number, self.id, self.fn = number, id, fn
 
 
 class RemoveMessage:
     """Remove one message and the calls it asked for. Answered with whether it was there."""
 
-    __slots__ = ("number",)
+    __slots__ = ("id", "number")
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, number: int, id: str) -> None:
+        self.number, self.id = number, id
 
 
 class Begin:
-    """A call that is made outside of messages. Answered with it."""
+    """A call that is made outside of messages. Answered with it; ``place``: its only one (atomic batches)."""
 
-    __slots__ = ("call",)
+    __slots__ = ("call", "place")
 
-    def __init__(self, call: ToolCall) -> None:
-        self.call = call
+    def __init__(self, call: ToolCall, place: tuple[int, int] | None = None) -> None:
+        self.call, self.place = call, place
 
 
 class End:

@@ -171,7 +171,7 @@ class Messages:
         found = await self.get(id)
         if found is None:
             return None
-        return await self._turns.submit(found.session_id, Edit(found.number, fn))
+        return await self._turns.submit(found.session_id, Edit(found.number, found.id, fn))
 
     async def delete(self, id: str | UUID) -> bool:
         """Delete a message and the calls it asked for; False where there is none.
@@ -181,7 +181,7 @@ class Messages:
         found = await self.get(id)
         if found is None:
             return False
-        return await self._turns.submit(found.session_id, RemoveMessage(found.number))
+        return await self._turns.submit(found.session_id, RemoveMessage(found.number, found.id))
 
     async def search(
         self,

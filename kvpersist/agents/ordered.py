@@ -254,7 +254,7 @@ class OrderedTurns:
         if type(item) is Edit:
             return await self._edit(part, draft, item)
         if type(item) is RemoveMessage:
-            return await self._remove(part, draft, item.number)
+            return await self._remove(part, draft, item.number, item.id)
         if type(item) is Begin:
             call = await self._begin(part, draft, item.call)
             if not await self._lives(parent):
@@ -272,7 +272,7 @@ class OrderedTurns:
         pk = f"{part}!{keys.encode(item.number)}"
         while True:
             entry = await self._alive(self._all.message_prefix + pk)
-            if entry is None:
+            if entry is None or writer._codec.decode(entry.key, entry.value).id != item.id:
                 return None
             changed = edited(item.fn, writer._codec, entry)
             try:
@@ -284,7 +284,7 @@ class OrderedTurns:
             draft.touch(self._all.now())
             return changed
 
-    async def _remove(self, part: str, draft: Draft, number: int) -> bool:
+    async def _remove(self, part: str, draft: Draft, number: int, id_: str) -> bool:
         every = self._all
         writer = ordered_writer(every.tool_calls)
         pk = f"{part}!{keys.encode(number)}"
@@ -292,6 +292,8 @@ class OrderedTurns:
         if entry is None:
             return False
         message = every.messages._codec.decode(entry.key, entry.value)
+        if message.id != id_:  # of another session that took this one's id
+            return False
         if not await ordered_writer(every.messages).remove(pk):
             return False
         draft.remove(message)

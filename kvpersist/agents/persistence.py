@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, Literal, Self, TypeVar
@@ -153,8 +154,10 @@ class Persistence:
         found = await self.messages.range(session_id, after=after, limit=limit, on_corrupt=on_corrupt)
         if not found:
             return []
-        first = after if after == 0 else found[0].number - 1
-        calls = await self.tool_calls.of(session_id, after=first, before=found[-1].number + 1, on_corrupt=on_corrupt)
+        # behind the session's last message there may be calls recorded when a later one, since deleted, was there
+        end = None if len(found) < limit and on_corrupt is None else found[-1].number + 1
+        calls = await self.tool_calls.of(session_id, after=after, before=end, on_corrupt=on_corrupt)
+        numbers = [message.number for message in found]
         items = {
             message.number: TimelineItem(
                 at=message.created_at or self._all.now(), number=message.number, message=message, tool_calls=[]
@@ -162,7 +165,8 @@ class Persistence:
             for message in found
         }
         for call in calls:
-            item = items.get(call.number) or items[found[0].number]  # recorded before the first message
+            # recorded before the first message, or with one that was deleted: it stands with the one before
+            item = items[numbers[max(0, bisect_right(numbers, call.number) - 1)]]
             item.tool_calls.append(call)
             if call.result_number in items:
                 items[call.result_number].answers = call

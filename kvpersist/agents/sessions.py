@@ -145,6 +145,8 @@ class Sessions:
         """Return the sessions that changed last, newest change first; exact to a second."""
         prefix = self._all.updated_prefix
         found: _Sessions = []
+        met: set[str] = set()
+        atomic = isinstance(self._turns, Turns)
         start, end = prefix, keys.prefix_end(prefix)
         while len(found) < limit:
             wanted = limit - len(found)
@@ -154,10 +156,12 @@ class Sessions:
             for entry, stat in zip(page, stats, strict=True):
                 target = live(entry.target)
                 part = entry.value.decode()
-                if target is None or stat is None or stat.indexed_at is None:
+                if target is None or stat is None or stat.indexed_at is None or part in met:
                     continue
-                if entry.key != self._all.updated_key(part, stat.indexed_at):  # it moved, or was left by a crash
+                # with atomic batches it moved since the scan; without, a crash may have left it
+                if not atomic and entry.key != self._all.updated_key(part, stat.indexed_at):
                     continue
+                met.add(part)
                 session = decode(target.key, target.value)
                 session.updated_at = stat.updated_at
                 found.append(session)

@@ -133,6 +133,7 @@ class Round:
         self._puts: list[Op] = []
         self._ops = IndexOps()
         self._claims: dict[str, int] = {}
+        self._askers: dict[str, int] = {}  # by call, the item that made or changed it first
         self._calls: dict[str, tuple[Entry | None, ToolCall]] = {}  # as stored, and as it will be
         self._waiting: dict[str, tuple[Entry, ToolCall]] = {}
         self._results: list[Any] = []
@@ -169,7 +170,7 @@ class Round:
         marks = len(self._ops.by_key), len(self._puts)
         try:
             self._results.append(await self._added(item))
-        except KvError as error:
+        except Exception as error:  # noqa: BLE001  # functions of the caller's and of indexes fail their own item only
             for key in list(self._ops.by_key)[marks[0] :]:
                 del self._ops.by_key[key]
                 self._ops.claims.pop(key, None)
@@ -178,6 +179,9 @@ class Round:
         if len(self._ops.claims) != len(self._claims):
             for key in self._ops.claims:
                 self._claims.setdefault(key, position)
+        if self._all.own_call_indexes:  # what they claim is known when the batch is complete
+            for pk in self._calls:
+                self._askers.setdefault(pk, position)
 
     async def built(self) -> Built[Parent, Any]:
         """Return the batch: checks, records, index entries, and the stat that counts them."""
@@ -193,6 +197,9 @@ class Round:
                     self._enter(writer, known, pk, call)
                 else:
                     await writer.index_ops(self._ops, known, pk, old, call, None, {})
+                if every.own_call_indexes:
+                    for claim in self._ops.claims:
+                        self._claims.setdefault(claim, self._askers[pk])
                 if call.state == "pending" and len(data) <= _LARGE:
                     recent[pk] = key, data
         if not self._puts and not self._ops.by_key:
@@ -229,9 +236,9 @@ class Round:
         if type(item) is Edit:
             return await self._edit(item)
         if type(item) is RemoveMessage:
-            return await self._remove(item.number)
+            return await self._remove(item.number, item.id)
         if type(item) is Begin:
-            return await self._begin(item.call)
+            return await self._begin(item.call, item.place)
         if type(item) is End:
             return await self._end(item)
         if type(item) is EditSession:
@@ -303,7 +310,7 @@ class Round:
         writer, known = await self._using(self._all.messages)
         pk = f"{self._part}!{keys.encode(item.number)}"
         [entry] = await self._store._entries([self._all.message_prefix + pk])
-        if entry is None:
+        if entry is None or writer._codec.decode(entry.key, entry.value).id != item.id:
             return None
         changed = edited(item.fn, writer._codec, entry)
         self._puts.append(Put(entry.key, writer.encoded(entry.key, changed, entry, known), entry.version))
@@ -311,7 +318,7 @@ class Round:
         self._draft.touch(self._all.now())
         return changed
 
-    async def _remove(self, number: int) -> bool:
+    async def _remove(self, number: int, id_: str) -> bool:
         every = self._all
         writer, known = await self._using(every.messages)
         pk = f"{self._part}!{keys.encode(number)}"
@@ -319,6 +326,8 @@ class Round:
         if entry is None:
             return False
         message = writer._codec.decode(entry.key, entry.value)
+        if message.id != id_:  # of another session that took this one's id
+            return False
         await writer.index_ops(self._ops, known, pk, entry, None, None, {})
         self._puts.append(writer.deletion(entry))
         self._draft.remove(message)
@@ -339,12 +348,14 @@ class Round:
         self._draft.touch(every.now())
         return True
 
-    async def _begin(self, call: ToolCall) -> ToolCall:
+    async def _begin(self, call: ToolCall, place: tuple[int, int] | None) -> ToolCall:
         every = self._all
         call.number, call.position = self._draft.last, 0
         async for entry in every.calls_of(self._part, call.number, call.number):
             call.position = keys.decode(entry.key.rpartition("!")[2], int) + 1
         pk = self._call_pk(call.number, call.position)
+        if place is not None and place != (call.number, call.position):
+            raise Conflict(every.call_prefix + pk, ABSENT)
         every.tool_calls._codec.encode(pk, call)  # what cannot be kept fails here
         self._calls[pk] = None, call
         self._draft.count(None, call)

@@ -70,10 +70,10 @@ class AtomicWriter(Writer[R]):
             seen = None if stored is UNREAD else stored
             wanted = expect if stored is UNREAD else version_of(stored)
             put = Put(key, self.encoded(key, record, seen, known), wanted, expires_at)
+            ops = IndexOps()
             try:
                 if not known.maintained:
                     return await self._store._commit((known.check, put))
-                ops = IndexOps()
                 await self.index_ops(ops, known, pk, seen, record, expires_at, orphans)
                 return await self._store._commit((known.check, put, *ops.by_key.values()))
             except UniqueConflict:
@@ -84,6 +84,8 @@ class AtomicWriter(Writer[R]):
                 elif conflict.key == key:
                     if expect is not None or old is not UNREAD:
                         raise
+                    await self.back_off(attempt)
+                elif type(ops.by_key.get(conflict.key)) is Check:  # the rebuild came to a value that is given up
                     await self.back_off(attempt)
                 else:
                     await self.resolve(known, pk, conflict, orphans)
@@ -109,7 +111,7 @@ class AtomicWriter(Writer[R]):
                 if conflict.key == known.check.key:
                     known = await self._definitions.refresh()
                     continue
-                if expect is not None:
+                if expect is not None and conflict.key == key:
                     raise
                 await self.back_off(attempt)
                 continue
@@ -250,11 +252,13 @@ class AtomicWriter(Writer[R]):
             kept = [key for key in has if key in had] if renewed else []
             if slot.bound.unique and slot.state == "building" and (gone or kept):
                 # records from before may share a value: only what names this one is its own
-                own = {
-                    entry.key
-                    for entry in await self._store._entries([*gone, *kept])
-                    if entry is not None and entry.value == value
-                }
+                asked = [*gone, *kept]
+                own: set[str] = set()
+                for key, entry in zip(asked, await self._store._entries(asked), strict=True):
+                    if entry is not None and entry.value == value:
+                        own.add(key)
+                    else:  # nor may the rebuild make it so before the commit
+                        ops.by_key.setdefault(key, Check(key, version_of(entry)))
                 gone = [key for key in gone if key in own]
                 kept = [key for key in kept if key in own]
             for key in gone:

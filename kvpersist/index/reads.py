@@ -144,14 +144,16 @@ class Reader(Generic[R]):
         return total
 
     async def unchanged(self, query: Query) -> bool:
-        """Whether the index read was the right one all the while; asked of computed ones only.
+        """Whether the index read was the right one all the while.
 
         A computed index is not maintained by processes with another version of it, which others are
-        for as long as anybody may still read them.
+        for as long as anybody may still read them: of those, what was read in the last 30 s is enough.
         """
-        if query.slot is None or not query.slot.bound.computed:
+        if query.slot is None:
             return True
-        return (await self._definitions.refresh()).version == query.version
+        definitions = self._definitions
+        known = await (definitions.refresh() if query.slot.bound.computed else definitions.fresh())
+        return known.version == query.version
 
     def cursor(self, query: Query, last: str) -> str:
         """Return the cursor behind the entry ``last``."""

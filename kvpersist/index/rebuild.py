@@ -119,12 +119,12 @@ class Reindexer(Generic[R]):
         """Return where to begin: behind what is done in all of ``building``."""
         starts: list[str] = []
         new: list[Op] = []
-        entries = await self._store._entries([self._cursor_key(slot) for slot in building])
+        entries = await self._store._entries([self._cursor_key(slot.bound.name) for slot in building])
         for slot, entry in zip(building, entries, strict=True):
             cursor = _CURSOR.decode(entry.value) if entry is not None else None
             if cursor is None or cursor.slot != slot.slot:
                 starts.append(self._records)
-                new.append(Put(self._cursor_key(slot), _PACKED.encode(_Cursor(slot.slot, self._records))))
+                new.append(Put(self._cursor_key(slot.bound.name), _PACKED.encode(_Cursor(slot.slot, self._records))))
             else:
                 starts.append(cursor.start)
         if new:
@@ -150,7 +150,8 @@ class Reindexer(Generic[R]):
             at = page[-1].key + "!" if len(page) == _PAGE else None
             if at is not None and not duplicates:  # after a duplicate, the next run has to see all again
                 for slot in building:
-                    await self._store._commit((Put(self._cursor_key(slot), _PACKED.encode(_Cursor(slot.slot, at))),))
+                    cursor = _PACKED.encode(_Cursor(slot.slot, at))
+                    await self._store._commit((Put(self._cursor_key(slot.bound.name), cursor),))
             if progress is not None:
                 progress(records)
         return records
@@ -270,7 +271,7 @@ class Reindexer(Generic[R]):
                 states[each.slot] = "dropping"
         await self._definitions.write_states(states)
         for slot in done:
-            await self._store._commit((Delete(self._cursor_key(slot)),))
+            await self._store._commit((Delete(self._cursor_key(slot.bound.name)),))
         return await self._definitions.refresh()
 
     # ---- drop
@@ -305,6 +306,7 @@ class Reindexer(Generic[R]):
         removed = 0
         for each in going:
             removed += await self._cleared(self._definitions.prefix(each.slot))
+            await self._store._commit((Delete(self._cursor_key(each.name)),))  # the slot's name may be used again
         await self._definitions.write_states({each.slot: None for each in going})
         return removed
 
@@ -398,8 +400,8 @@ class Reindexer(Generic[R]):
         if entry is not None and live(entry) is not None:
             await self._fill([slot], [entry], [])
 
-    def _cursor_key(self, slot: Slot) -> str:
-        return f"{self._definitions.key}:cursor!{slot.bound.name}"
+    def _cursor_key(self, name: str) -> str:
+        return f"{self._definitions.key}:cursor!{name}"
 
 
 _PACKED: Final = msgspec.msgpack.Encoder()

@@ -42,9 +42,10 @@ async def export_session(db: Persistence, session_id: str, format: ExportFormat 
     session = await db.sessions.get(session_id)
     if session is None:
         return None
+    calls = await db.tool_calls.of(session_id)  # before the messages: none of a later one is among them
     messages = [message async for message in db.messages.iterate(session_id)]
     if format == "kvpersist":
-        return _own(session, messages, await db.tool_calls.of(session_id))
+        return _own(session, messages, calls)
     items = [_to_openai(message) for message in messages]
     if format == "jsonl":
         return b"".join(_encoded(item) + b"\n" for item in items)

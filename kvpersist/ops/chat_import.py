@@ -221,13 +221,17 @@ class _Import:
     async def _record(self, session_id: str, chat: Chat, number: int) -> None:
         """Add the calls that no message asked for and that follow message ``number``, but those that are there."""
         calls = [call for call in chat.recorded if call.number == number]
-        if not calls or await self._last(session_id) != number:
-            return
-        there = await self._db.tool_calls.of(session_id, after=max(0, number - 1), before=number + 1)
         asked = len(chat.messages[number - 1].tool_calls or ()) if number else 0
-        for call in calls[len([call for call in there if call.number == number]) - asked :]:
-            again = msgspec.structs.replace(call, session_id=session_id)
-            await self._db.tool_calls._turns.submit(session_id, Begin(again))
+        while calls and await self._last(session_id) == number:
+            there = await self._db.tool_calls.of(session_id, after=max(0, number - 1), before=number + 1)
+            position = len([call for call in there if call.number == number])
+            if position - asked >= len(calls):
+                return
+            again = msgspec.structs.replace(calls[position - asked], session_id=session_id)
+            try:
+                await self._db.tool_calls._turns.submit(session_id, Begin(again, (number, position)))
+            except Conflict:  # another process imports the same file: go on behind what it has written
+                continue
 
     async def _create(self, chat: Chat, session_id: str, owner: str | None) -> bool:
         if await self._db.sessions.get(session_id) is not None:

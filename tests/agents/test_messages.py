@@ -418,3 +418,48 @@ async def test_a_damaged_message_is_named_and_reading_goes_on_past_it(db: Persis
     assert caught.value.key == key
     assert [message.content for message in ranged] == every == ["a", "c"]
     assert [error.key for error in skipped] == [key, key]
+
+
+@pytest.mark.parametrize("act", ["delete", "update"])
+async def test_a_message_of_a_session_that_took_the_id_meanwhile_is_left_alone(
+    db: Persistence, sound: Sound, monkeypatch: pytest.MonkeyPatch, act: str
+) -> None:
+    await db.sessions.create(id="s")
+    old = await db.messages.append("s", Message("user", "old"))
+    turns: Any = db.messages._turns
+    real = turns.submit
+
+    async def late(session_id: str, item: Any) -> Any:
+        monkeypatch.setattr(turns, "submit", real)
+        await db.sessions.delete("s")
+        await db.sessions.create(id="s")
+        await db.messages.append("s", Message("user", "new"))
+        return await real(session_id, item)
+
+    monkeypatch.setattr(turns, "submit", late)
+
+    if act == "delete":
+        assert not await db.messages.delete(old.id)
+    else:
+        assert await db.messages.update(old.id, lambda m: msgspec.structs.replace(m, content="changed")) is None
+
+    assert [message.content for message in await db.messages.last("s", 10)] == ["new"]
+    await sound(db)
+
+
+async def test_a_message_that_a_computed_index_fails_on_fails_alone(driver: Any, sound: Sound) -> None:
+    if driver.capabilities.atomic_batch == "none":
+        pytest.skip("there every turn is a batch of its own")
+    topic = Index(lambda message: message.metadata["topic"], name="topic")
+    async with kvpersist.open(driver, message_indexes=[topic]) as db:
+        await db.sessions.create(id="s")
+        good = Message("user", "good", metadata={"topic": "tea"})
+
+        answers = await asyncio.gather(
+            *[db.messages.append("s", each) for each in (good, good, Message("user", "bad"), good)],
+            return_exceptions=True,
+        )
+
+        assert [type(each) for each in answers] == [Message, Message, TypeError, Message]
+        assert [message.number for message in await db.messages.last("s", 10)] == [1, 2, 3]
+        await sound(db)

@@ -288,3 +288,45 @@ async def test_a_backend_without_conditional_writes_is_refused(driver: Any) -> N
 
     with pytest.raises(Unsupported):
         await kvpersist.open(without)
+
+
+async def test_a_caller_s_error_that_cannot_be_copied_reaches_it(db: Persistence) -> None:
+    class Refused(Exception):
+        def __init__(self, code: int, text: str) -> None:
+            super().__init__(text)
+
+    def refuse(session: Session) -> Session:
+        raise Refused(1, "no")
+
+    await db.sessions.create(id="s")
+    async with asyncio.timeout(5):
+        answers = await asyncio.gather(
+            db.messages.append("s", Message("user", "a")),
+            db.sessions.update("s", refuse),
+            db.messages.append("s", Message("user", "b")),
+            return_exceptions=True,
+        )
+
+    assert [type(each) for each in answers] == [Message, Refused, Message]
+
+
+async def test_a_session_that_changes_while_the_recent_ones_are_read_is_among_them(
+    driver: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if driver.capabilities.atomic_batch == "none":
+        pytest.skip("there what moved cannot be told from what a crash left")
+    clock = ManualClock()
+    async with kvpersist.open(driver, clock=clock) as db:
+        for n in range(3):
+            await db.sessions.create(id=f"s{n}")
+            clock.advance(10)
+        real = db.sessions._stats
+
+        async def slow(parts: Any) -> Any:
+            monkeypatch.setattr(db.sessions, "_stats", real)
+            await db.messages.append("s1", Message("user", "hi"))
+            return await real(parts)
+
+        monkeypatch.setattr(db.sessions, "_stats", slow)
+
+        assert {session.id for session in await db.sessions.recent()} == {"s0", "s1", "s2"}

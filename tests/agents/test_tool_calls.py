@@ -14,7 +14,7 @@ import kvpersist
 from kvpersist import Index, Message, ToolCall, ToolCallPart
 from kvpersist.agents.persistence import Persistence
 from kvpersist.agents.stat import UNANSWERED
-from kvpersist.errors import ParentGone, Unencodable
+from kvpersist.errors import ParentGone, Unencodable, UniqueConflict
 from kvpersist.testing import ManualClock
 
 START = datetime(2025, 3, 1, 12, tzinfo=UTC)
@@ -358,3 +358,33 @@ async def test_arguments_are_kept_as_they_came(db: Persistence, session: str) ->
     [message] = await db.messages.last(session, 1)
     assert [part.arguments for part in message.tool_calls or []] == kept
     assert msgspec.to_builtins(message.tool_calls or [])[0]["id"] == "0"
+
+
+async def test_a_call_whose_unique_value_is_taken_is_refused_at_once(driver: Any, sound: Sound) -> None:
+    if driver.capabilities.atomic_batch == "none":
+        pytest.skip("there calls follow their message")
+    async with kvpersist.open(driver, tool_call_indexes=[Index("call_id", unique=True)], timeout=5) as db:
+        await db.sessions.create(id="s")
+        await db.messages.append("s", asks(("c", "search")))
+
+        with pytest.raises(UniqueConflict):
+            await db.messages.append("s", asks(("c", "search")))
+
+        await sound(db)
+
+
+async def test_a_call_recorded_behind_a_deleted_message_stands_with_the_one_before(db: Persistence) -> None:
+    await db.sessions.create(id="s")
+    stored = await db.messages.append_many("s", [Message("user", str(n)) for n in range(3)])
+    await db.messages.delete(stored[2].id)
+    async with db.tool_calls.record("s", "search") as call:
+        call.result = 1
+
+    last = await db.timeline("s")
+    await db.messages.append("s", Message("user", "more"))
+    middle = await db.timeline("s")
+    pages = [*await db.timeline("s", limit=2), *await db.timeline("s", after=2)]
+
+    assert [len(item.tool_calls) for item in last] == [0, 1]
+    assert [len(item.tool_calls) for item in middle] == [0, 1, 0]
+    assert sum(len(item.tool_calls) for item in pages) == 1

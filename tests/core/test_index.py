@@ -658,3 +658,61 @@ TestAtomicIndexes = IndexMachine.TestCase
 TestAtomicIndexes.settings = SETTINGS
 TestOrderedIndexes = OrderedIndexMachine.TestCase
 TestOrderedIndexes.settings = SETTINGS
+
+
+async def test_an_index_declared_again_after_an_unfinished_rebuild_was_dropped_holds_everything(notes: Make) -> None:
+    await notes().put_many([Note(id=f"{n:03}", rank=n) for n in range(150)])
+    repo = notes(Index("rank"))
+
+    def stop(done: int) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        await repo.reindex(stop)
+    await notes().drop_index("rank")
+
+    await notes(Index("rank")).reindex()
+
+    repo = notes(Index("rank"))
+    assert await repo.count(rank=at_least(0)) == 150
+    assert await repo.verify() == []
+
+
+async def test_iteration_never_ends_early_because_its_index_was_dropped(notes: Make) -> None:
+    repo, other = notes(Index("owner")), notes(Index("owner"))
+    await repo.put_many([Note(id=f"{n:03}", owner="u") for n in range(250)])
+    seen = 0
+
+    with pytest.raises(IndexNotReady):
+        async for _ in repo.iterate(owner="u"):
+            seen += 1
+            if seen == 50:
+                await other.drop_index("owner")
+
+    assert seen == 100
+
+
+async def test_a_rebuild_between_the_reads_and_the_commit_of_a_save_leaves_no_stale_claim(
+    store: Store, notes: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if store.capabilities.atomic_batch == "none":
+        pytest.skip("there an entry may be stale")
+    await notes().put(Note(id="a", owner="x"))
+    repo, other = notes(Index("owner", unique=True)), notes(Index("owner", unique=True))
+    writer: Any = repo._writer
+    real = writer.index_ops
+
+    async def slow(*args: Any) -> None:
+        await real(*args)
+        monkeypatch.setattr(writer, "index_ops", real)
+        known = await other._definitions.declare()
+        await other._reindexer()._backfill([known.named["owner"]], "kv:note:", [], None)
+
+    monkeypatch.setattr(writer, "index_ops", slow)
+
+    await repo.put(Note(id="a", owner="y"))
+
+    await repo.reindex()
+    assert await repo.find(owner="x") == []
+    assert ids(await repo.find(owner="y")) == ["a"]
+    assert await repo.verify() == []

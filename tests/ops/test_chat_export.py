@@ -262,3 +262,22 @@ async def test_a_session_that_is_not_there_is_none(db: Persistence) -> None:
 async def test_a_format_nobody_knows_is_refused(db: Persistence) -> None:
     with pytest.raises(BadOption, match="yaml"):
         await export_session(db, "x", "yaml")  # type: ignore[arg-type]
+
+
+async def test_a_turn_appended_while_a_session_is_exported_leaves_no_call_without_its_message(
+    db: Persistence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await db.sessions.create(id="s")
+    await db.messages.append("s", Message("user", "q"))
+    real = db.tool_calls.of
+
+    async def late(session_id: str) -> list[ToolCall]:
+        monkeypatch.setattr(db.tool_calls, "of", real)
+        await db.messages.append("s", Message("assistant", tool_calls=[ToolCallPart("c", "search")]))
+        return await real(session_id)
+
+    monkeypatch.setattr(db.tool_calls, "of", late)
+
+    exported = json.loads(await export_session(db, "s") or b"")
+
+    assert "recorded_calls" not in exported

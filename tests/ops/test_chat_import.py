@@ -18,6 +18,7 @@ import kvpersist
 from kvpersist.agents.persistence import Persistence
 from kvpersist.agents.records import Message
 from kvpersist.errors import BadOption, MalformedRecord, Unavailable
+from kvpersist.ops.chat_export import export_session
 from kvpersist.ops.chat_formats import Chat, ChatFormat, read_chats
 from kvpersist.ops.chat_import import import_chats
 from kvpersist.ops.progress import Progress
@@ -651,3 +652,31 @@ def test_a_damaged_export_is_told_with_its_place(change: dict[str, Any], field: 
 
     assert isinstance(error, MalformedRecord)
     assert error.field == field
+
+
+async def test_a_recorded_call_goes_in_once_where_two_import_at_once(
+    db: Persistence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if db.store.capabilities.atomic_batch == "none":
+        pytest.skip("there a call's place is not decided by a batch")
+    async with kvpersist.open("memory://") as source:
+        await source.sessions.create(id="s")
+        await source.messages.append("s", Message("user", "q"))
+        async with source.tool_calls.record("s", "search") as call:
+            call.result = 1
+        file = await export_session(source, "s") or b""
+    real = db.tool_calls.of
+
+    async def late(*place: Any, **between: Any) -> Any:
+        monkeypatch.setattr(db.tool_calls, "of", real)
+        there = await real(*place, **between)
+        async with kvpersist.open(db.store) as other:
+            await import_chats(other, io.BytesIO(file))
+        return there
+
+    monkeypatch.setattr(db.tool_calls, "of", late)
+
+    await import_chats(db, io.BytesIO(file))
+
+    [session] = await db.sessions.list()
+    assert len(await db.tool_calls.of(session.id)) == 1

@@ -43,7 +43,7 @@ class Collections:
         self._space = space
         self.sessions, self.messages, self.tool_calls = sessions, messages, tool_calls
         self.own_call_indexes = own_call_indexes
-        self._stats = RecordCodec(Stat, codec=store.codec)
+        self.stats = RecordCodec(Stat, codec=store.codec)
         packs = store.codec == "msgpack"
         self._format = MSGPACK if packs else JSON
         self._pack = msgspec.msgpack.Encoder().encode if packs else msgspec.json.Encoder().encode
@@ -88,4 +88,4 @@ class Collections:
 
     def stat_of(self, entry: Entry) -> Stat:
         """Decode a stat record."""
-        return self._stats.decode(entry.key, entry.value)
+        return self.stats.decode(entry.key, entry.value)

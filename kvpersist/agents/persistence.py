@@ -23,7 +23,7 @@ from kvpersist.agents.turns import Turns
 from kvpersist.driver import Clock, Driver
 from kvpersist.errors import BadOption, ReadOnly
 from kvpersist.index import Index
-from kvpersist.index.reads import OnCorrupt
+from kvpersist.index.reads import OnCorrupt, decoded
 from kvpersist.index.rebuild import Reindexed
 from kvpersist.log import require_sequences
 from kvpersist.repository import Repository
@@ -172,15 +172,19 @@ class Persistence:
                 items[call.result_number].answers = call
         return list(items.values())
 
-    async def stats(self) -> Stats:
-        """Count everything in the namespace from the sessions' stats: no message or call is read."""
+    async def stats(self, *, on_corrupt: OnCorrupt | None = None) -> Stats:
+        """Count everything in the namespace from the sessions' stats: no message or call is read.
+
+        Args:
+            on_corrupt: is handed the error of each damaged stat, whose session is then not counted (the
+                next write to it mends it); without it, the error is raised.
+        """
         total = Stats()
         prefix = self._all.stat_prefix
         start, end = prefix, keys.prefix_end(prefix)
         while True:
             page = await self.store._scan(start, end, limit=_PAGE)
-            for entry in page:
-                stat = self._all.stat_of(entry)
+            for stat in decoded(self._all.stats, page, on_corrupt):
                 total.sessions += 1
                 total.messages += stat.messages
                 _add(total.messages_by_role, stat.roles)

@@ -16,8 +16,8 @@ from kvpersist.agents.ordered import OrderedTurns, ordered_writer
 from kvpersist.agents.records import Session, SessionStat, new_id, utc
 from kvpersist.agents.stat import Parent, Stat
 from kvpersist.agents.turns import Turns, atomic_writer
-from kvpersist.driver import ABSENT, Check, Op, Put
-from kvpersist.errors import BadRequest, Conflict, KeyTooLong, ParentGone, UniqueConflict
+from kvpersist.driver import ABSENT, Check, Entry, Op, Put
+from kvpersist.errors import BadRequest, Conflict, CorruptRecord, KeyTooLong, ParentGone, UniqueConflict
 from kvpersist.index.atomic_writer import IndexOps
 from kvpersist.index.writer import live
 from kvpersist.repository import Page
@@ -253,7 +253,14 @@ class Sessions:
     async def _stats(self, parts: Sequence[str]) -> Sequence[Stat | None]:
         prefix = self._all.stat_prefix
         entries = await self._store._entries([prefix + part for part in parts])
-        return [None if entry is None else self._all.stat_of(entry) for entry in entries]
+        return [None if entry is None else self._whole(entry) for entry in entries]
+
+    def _whole(self, entry: Entry) -> Stat | None:
+        """Decode a stat; a damaged one counts as missing here, and the next write below the session mends it."""
+        try:
+            return self._all.stat_of(entry)
+        except CorruptRecord:
+            return None
 
     async def _with_times(self, sessions: _Sessions) -> _Sessions:
         stats = await self._stats([keys.encode(session.id) for session in sessions])

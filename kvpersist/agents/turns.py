@@ -8,6 +8,7 @@ what the items of the round need. `kvpersist.agents.ordered` serves the other ba
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from itertools import islice
 from typing import Any, Final, TypeVar, cast
@@ -39,7 +40,7 @@ from kvpersist.errors import Conflict, CorruptRecord, KvError, ParentGone, Uniqu
 from kvpersist.funnel import Built, Funnel
 from kvpersist.index.atomic_writer import AtomicWriter, IndexOps
 from kvpersist.index.definitions import Known
-from kvpersist.index.writer import live, version_of
+from kvpersist.index.writer import version_of
 from kvpersist.log import after_stat
 from kvpersist.repository import Repository
 
@@ -50,6 +51,7 @@ R = TypeVar("R")
 EXACT: Final = timedelta(seconds=1)
 """How far the index `updated` may lie behind."""
 
+_ANY_NUMBER: Final = 1 << 62
 _LARGE: Final = 1 << 13  # bytes of a stored call; a larger one is not remembered until its answer
 
 
@@ -82,13 +84,27 @@ class Turns:
         birth, stat = await self._store._entries([every.birth_prefix + part, every.stat_prefix + part])
         if birth is None:
             raise ParentGone("session", session_id)
-        if stat is None:  # damaged: count again
-            draft = Draft(Stat(every.now()))
-            async for entry in after_stat(self._store, f"{every.message_prefix}{part}!", 0):
-                if live(entry) is not None:
-                    draft.add(every.messages._codec.decode(entry.key, entry.value))
-            return Parent(Check(birth.key, birth.version), draft.done(None), b"", {})
-        return Parent(Check(birth.key, birth.version), every.stat_of(stat), stat.version, {})
+        checked = Check(birth.key, birth.version)
+        if stat is not None:
+            with suppress(CorruptRecord):  # then it is made anew
+                return Parent(checked, every.stat_of(stat), stat.version, {})
+        return Parent(checked, await self._recounted(part), b"" if stat is None else stat.version, {})
+
+    async def _recounted(self, part: str) -> Stat:
+        """Make a damaged stat from what it counted; the number of a deleted last message is not known any more."""
+        every = self._all
+        draft = Draft(Stat(every.now()))
+        prefix = f"{every.message_prefix}{part}!"
+        async for entry in after_stat(self._store, prefix, 0):
+            try:
+                draft.add(every.messages._codec.decode(entry.key, entry.value))
+            except CorruptRecord:  # its place is taken all the same
+                draft.last = keys.decode(entry.key[len(prefix) :], int)
+                draft.messages += 1
+        async for entry in every.calls_of(part, 0, _ANY_NUMBER):
+            with suppress(CorruptRecord):
+                draft.count(None, every.tool_calls._codec.decode(entry.key, entry.value))
+        return draft.done(None)
 
     async def _build(self, session_id: str, parent: Parent, items: list[Item]) -> Built[Parent, Any]:
         round_ = Round(self._all, session_id, parent, self._taken_over)

@@ -100,3 +100,29 @@ async def test_a_damaged_call_is_left_out_of_the_timeline_when_told_to() -> None
 
         assert [(item.number, item.tool_calls) for item in items] == [(1, []), (2, []), (3, []), (4, [])]
         assert [error.key for error in skipped] == [key]
+
+
+async def test_a_damaged_stat_is_passed_over_and_mended_by_the_next_write() -> None:
+    async with kvpersist.open(MemoryDriver()) as db:
+        for id_ in ("s", "t"):
+            await db.sessions.create(id=id_)
+            await db.messages.append_many(id_, TURN)
+        before = await db.stats()
+    async with kvpersist.open(db.store.driver) as db:
+        await damage(db, "kv:session#stat:s")
+
+        assert {session.id for session in await db.sessions.list()} == {"s", "t"}
+        with pytest.raises(CorruptRecord):
+            await db.stats()
+        skipped: list[CorruptRecord] = []
+        assert (await db.stats(on_corrupt=skipped.append)).sessions == 1
+        assert [error.key for error in skipped] == ["kv:session#stat:s"]
+
+        stored = await db.messages.append("s", Message(role="user", content="thanks"))
+
+        after = await db.stats()
+        assert stored.number == 5
+        assert (after.messages, after.tool_calls_by_name) == (before.messages + 1, before.tool_calls_by_name)
+        await damage(db, "kv:session#stat:t")
+        assert await db.sessions.delete("t")
+        assert (await db.stats()).sessions == 1

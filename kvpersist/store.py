@@ -488,7 +488,7 @@ async def _opened(driver: Driver, settings: Mapping[str, Any], clock: Clock, whe
     store = Store(driver, clock=clock, where=where, owns_driver=owns, **chosen)
     try:
         await store._adopt()
-    except BaseException:
+    except BaseException:  # cancelled too: nothing may stay open
         await store.close()
         raise
     if sweep is not None:

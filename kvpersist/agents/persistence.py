@@ -255,7 +255,7 @@ def open(
             await db._all.own()  # before a plain write can put something between the records
             with suppress(ReadOnly):  # whoever may write finishes them; what is left is not seen here either
                 await db._deletions.finish_all()
-        except BaseException:
+        except BaseException:  # cancelled too: nothing may stay open
             if owns:
                 await store.close()
             raise

@@ -119,7 +119,7 @@ class ToolCalls:
         recording = Recording(begun)
         try:
             yield recording
-        except BaseException as error:
+        except BaseException as error:  # a cancelled call has failed, too; the cancellation goes on
             text = str(error) or type(error).__name__
             await self._turns.submit(parent, End(begun.number, begun.position, text, True))
             raise

@@ -57,6 +57,7 @@ venv_with() {
 own_tmp() {
     mkdir -p .cache
     TMPDIR=$(mktemp -d "$PWD/.cache/run.XXXXXX")
+    chmod 711 "$TMPDIR" # some tests become another user, who has to get through
     export TMPDIR
     trap 'rm -rf "$TMPDIR"' EXIT
 }

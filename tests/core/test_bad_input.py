@@ -642,7 +642,7 @@ print(json.dumps(asyncio.run(main(*sys.argv[1:]))))
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
     """A folder that other users can enter; those of pytest are for their owner alone."""
-    folder = Path(tempfile.mkdtemp(prefix="kvpersist-bad-input-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="kvpersist-bad-input-"))
     folder.chmod(0o755)
     yield folder
     folder.chmod(0o700)

@@ -18,7 +18,7 @@ import msgspec
 from kvpersist.driver import Batch, Capabilities, Committed, Driver, Entry, Put
 from kvpersist.errors import CommitUnknown, DeadlineExceeded, KvError, StoreClosed
 
-__all__ = ["Batched"]
+__all__ = ["Batched", "own_instance"]
 
 _MAX_OPERATIONS: Final = 512  # of one drain
 _MAX_BYTES: Final = 1 << 20  # of one drain
@@ -26,6 +26,7 @@ _GRACE: Final = 0.5  # seconds a cancelled driver call gets to end before it is 
 
 _Work = TypeVar("_Work")
 _Answer = TypeVar("_Answer")
+_Error = TypeVar("_Error", bound=BaseException)
 
 
 class Batched:
@@ -309,15 +310,22 @@ class _Lane(Generic[_Work, _Answer]):
         return CommitUnknown((), reason, settled) if self._operation == "commit" else self._late()
 
 
+def own_instance(error: _Error) -> _Error:
+    """Return a copy for one of several callers: a traceback grows where an exception is raised.
+
+    An exception of somebody else's may refuse to be copied; it is shared.
+    """
+    if not isinstance(error, KvError):
+        return error
+    own = copy.copy(error)
+    own.__cause__ = error.__cause__
+    return own
+
+
 def _fail(calls: Iterable[_Call[Any, Any]], error: Exception) -> None:
     for call in calls:
         if not call.answer.done():
-            try:
-                own = copy.copy(error)  # an instance each: a traceback grows where an exception is raised
-                own.__cause__ = error.__cause__
-            except Exception:  # noqa: BLE001  # a foreign one that cannot be copied is shared
-                own = error
-            call.answer.set_exception(own)
+            call.answer.set_exception(own_instance(error))
 
 
 @types.coroutine

@@ -7,7 +7,6 @@ items, and the version of a small record of the parent decides between writers.
 from __future__ import annotations
 
 import asyncio
-import copy
 import random
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -15,6 +14,7 @@ from typing import Any, Final, Generic, TypeVar, cast
 
 import msgspec
 
+from kvpersist.batching import own_instance
 from kvpersist.driver import Op
 from kvpersist.errors import Conflict, DeadlineExceeded, KvError, StoreClosed
 from kvpersist.store import Store
@@ -71,10 +71,7 @@ class _Call(Generic[I, O]):
         elif future.done():  # its caller was cancelled
             return
         elif isinstance(answer, BaseException):
-            # an instance each: a traceback grows where an exception is raised; a caller's own may refuse to be copied
-            own = copy.copy(answer) if isinstance(answer, KvError) else answer
-            own.__cause__ = answer.__cause__
-            future.set_exception(own)
+            future.set_exception(own_instance(answer))
         else:
             future.set_result(answer)
 

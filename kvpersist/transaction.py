@@ -11,7 +11,10 @@ from kvpersist import codec, keys
 from kvpersist.driver import ABSENT, Capabilities, Check, Clock, Delete, Entry, Expect, Op, Put
 from kvpersist.errors import BadRequest, Conflict, Unsupported
 
-__all__ = ["Transaction", "backoff"]
+__all__ = ["Transaction", "backoff", "jitter"]
+
+_FIRST_WAIT: Final = 0.002  # seconds, upper bound of the first wait after a lost race; doubled each time
+_LONGEST_WAIT: Final = 0.25  # seconds
 
 
 class _Store(Protocol):
@@ -127,6 +130,11 @@ def _conditioned(op: Op, expect: Expect | None) -> Op:
     return op
 
 
-async def backoff(attempt: int, *, base: float = 0.002, longest: float = 0.25) -> None:
-    """Wait with full jitter before attempt ``attempt + 1``; times in seconds."""
-    await asyncio.sleep(random.uniform(0, min(longest, base * 2**attempt)))
+def jitter(attempt: int) -> float:
+    """Return how long to wait, in seconds, after losing for the ``attempt + 1``-th time: full jitter, doubling."""
+    return random.uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt))
+
+
+async def backoff(attempt: int) -> None:
+    """Wait for `jitter`."""
+    await asyncio.sleep(jitter(attempt))

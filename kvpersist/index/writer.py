@@ -6,7 +6,6 @@ backends that apply a batch operation by operation.
 
 from __future__ import annotations
 
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Generic, TypeVar
@@ -16,6 +15,7 @@ from kvpersist.driver import ABSENT, Entry, Expect
 from kvpersist.errors import Conflict, UniqueConflict, Unsupported
 from kvpersist.index.definitions import BytesStore, Definitions, Known, Slot
 from kvpersist.keys import check_key, unescape
+from kvpersist.transaction import jitter
 
 __all__ = [
     "ATTEMPTS",
@@ -45,8 +45,6 @@ ATTEMPTS: Final = 40
 SHORTEST_LIFE: Final = 60.0
 """Seconds that an indexed record lives at least where batches are not atomic."""
 
-_FIRST_WAIT: Final = 0.002  # seconds, upper bound of the first wait after a lost race; doubled each time
-_LONGEST_WAIT: Final = 0.25  # seconds
 _LONG_KEY: Final = 120  # characters from which a key's bytes are counted (UTF-8 has at most 4 per character)
 
 
@@ -114,7 +112,7 @@ class Writer(ABC, Generic[R]):
         return None if entry is None else self._codec.decode(entry.key, entry.value)
 
     async def back_off(self, attempt: int) -> None:
-        await self._sleep(random.uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt)))
+        await self._sleep(jitter(attempt))
 
     def taken(self, slot: Slot, claim: str, holder: str) -> UniqueConflict:
         return UniqueConflict(slot.bound.name, slot.bound.shown(claim[len(slot.prefix) :]), _shown(holder))

@@ -130,7 +130,7 @@ def read_chats(source: ChatSource, format: ChatFormat = "auto") -> Chats:
     file = open(name, "rb")  # noqa: SIM115 - a file read by lines stays open until the reader is closed
     try:
         return _chats(name, file, file, format)
-    except BaseException:
+    except BaseException:  # interrupted too: the file was opened here
         file.close()
         raise
 

@@ -168,7 +168,7 @@ class Writer:
                 self._stage(_LONE, header, value)
                 source = _LONE
             self.journal.carry_out(Step(source, folder, name))
-        except BaseException:
+        except BaseException:  # cancelled too: what was staged is taken away
             self._unstage(_LONE)
             raise
         self._dirty.add(folder)

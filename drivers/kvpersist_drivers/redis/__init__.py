@@ -128,7 +128,7 @@ class RedisDriver:
         driver = cls(client, base=base, pool_max=pool_max)
         try:
             await driver._probe()
-        except BaseException:
+        except BaseException:  # cancelled too: nothing may stay open
             await driver.close()
             raise
         return driver

@@ -50,7 +50,9 @@ __all__ = [
     "HasClock",
     "Op",
     "Pings",
+    "Provisions",
     "Put",
+    "Streams",
     "UsesClock",
     "Watches",
     "deref_by_get",
@@ -275,6 +277,46 @@ class Pings(Protocol):
 
     async def ping(self) -> None:
         """Return when the backend answers; raise ``Unavailable`` when it does not."""
+        ...
+
+
+@runtime_checkable
+class Provisions(Protocol):
+    """Keeps its entries in tables or the like, which must be there before the first call."""
+
+    def ddl(self) -> str:
+        """Return the statements that make what the store needs, as an administrator would run them."""
+        ...
+
+    async def provision(self) -> None:
+        """Make what is missing; where nothing is, do nothing."""
+        ...
+
+
+@runtime_checkable
+class Streams(Protocol):
+    """Can read and write one value piece by piece, without holding it in memory."""
+
+    async def read_stream(self, key: str) -> tuple[Entry, AsyncIterator[bytes]] | None:
+        """Return the entry, with an empty value, and the value's pieces; None if there is no live entry.
+
+        All pieces are of one version. Whoever asked exhausts the iterator or calls its ``aclose``.
+        """
+        ...
+
+    async def write_stream(
+        self,
+        key: str,
+        pieces: AsyncIterator[bytes],
+        *,
+        version: bytes,
+        expect: Expect | None = None,
+        expires_at: float | None = None,
+    ) -> Committed | KvError:
+        """Store what ``pieces`` yields as one value, whole or not at all, as one `Put` would.
+
+        What ``pieces`` raises comes out, and nothing is stored then.
+        """
         ...
 
 

@@ -3,7 +3,9 @@
     KvError                    code, retryable, outcome
     |-- Unavailable            ConnectionError   the backend did not answer; nothing changed
     |   |-- DeadlineExceeded   TimeoutError      no answer in time; nothing changed
-    |   `-- Busy                                 another process holds the store's lock; nothing changed
+    |   |-- Busy                                 another process holds the store's lock; nothing changed
+    |   |-- PoolExhausted                        every connection of this process's pool is in use; nothing changed
+    |   `-- TooManyClients                       the server takes no more connections; nothing changed
     |-- CommitUnknown                            the write may or may not have happened
     |-- Conflict                                 the stored version is not the expected one
     |   `-- UniqueConflict                       another record holds the unique value
@@ -51,10 +53,12 @@ __all__ = [
     "NoIndex",
     "ParentGone",
     "PartlyDone",
+    "PoolExhausted",
     "ReadOnly",
     "ReservedNamespace",
     "SchemaChanged",
     "StoreClosed",
+    "TooManyClients",
     "Unavailable",
     "Unencodable",
     "UniqueConflict",
@@ -99,6 +103,31 @@ class Busy(Unavailable):
     """Another process held the store's write lock for too long; nothing was changed."""
 
     code = "KV202"
+
+
+class PoolExhausted(Unavailable):
+    """Every connection of this process's pool stayed in use for ``seconds``; nothing was changed.
+
+    ``size`` is the pool's limit, ``in_use`` how many of it were taken.
+    """
+
+    code = "KV203"
+
+    def __init__(self, size: int, in_use: int, seconds: float) -> None:
+        super().__init__(size, in_use, seconds)
+        self.size, self.in_use, self.seconds = size, in_use, seconds
+
+    def __str__(self) -> str:
+        return (
+            f"all {self.in_use} of {self.size} connections stayed in use for {self.seconds:g} s; nothing was changed: "
+            "raise kv.pool_max, or do less at once"
+        )
+
+
+class TooManyClients(Unavailable):
+    """The server takes no more connections, from whomever; nothing was changed."""
+
+    code = "KV204"
 
 
 class CommitUnknown(KvError):

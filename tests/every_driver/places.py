@@ -1,0 +1,80 @@
+"""Where each driver keeps a new, empty store for one test; the calling code is the same for all of them."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+__all__ = ["PLACES", "Place", "Where"]
+
+Where = dict[str, Any]
+Service = Callable[[str], dict[str, str]]
+
+
+class Place(msgspec.Struct, frozen=True):
+    """A driver on its backend.
+
+    Attributes:
+        name: of the parameter of a test.
+        make: an empty place, as `kvpersist.open_store` takes it.
+        service: what has to run, None where nothing has to.
+        keys: how many keys a listing is tried with.
+    """
+
+    name: str
+    make: Callable[[dict[str, str], Path], Where]
+    service: str | None = None
+    keys: int = 100_000
+
+
+def _name() -> str:
+    return f"t{uuid.uuid4().hex[:12]}"
+
+
+def _bucket(variables: dict[str, str], kind: str) -> Where:
+    told = {name.removeprefix("KVPERSIST_TEST_"): value for name, value in variables.items()}
+    if kind == "s3":
+        params = {"endpoint_url": told["S3_ENDPOINT"], "key": told["S3_KEY"], "secret": told["S3_SECRET"]}
+        return {"type": "s3", "url": f"{told['S3_URL']}/{_name()}", "params": params}
+    if kind == "gs":
+        params = {"endpoint_url": told["GCS_ENDPOINT"], "token": "anon"}
+        return {"type": "gs", "url": f"{told['GCS_URL']}/{_name()}".replace("gcs://", "gs://"), "params": params}
+    params = {"connection_string": told["AZURE_CONNECTION_STRING"]}
+    return {"type": "az", "url": f"{told['AZURE_URL']}/{_name()}", "params": params}
+
+
+_ALL: Final = (
+    Place("memory", lambda _, folder: {"type": "memory"}),
+    Place("sqlite", lambda _, folder: {"type": "sqlite", "path": str(folder / "store.db")}),
+    Place("filesystem", lambda _, folder: {"type": "file", "path": str(folder / "store"), "durability": "normal"}),
+    Place("diskcache", lambda _, folder: {"type": "diskcache", "path": str(folder / "store")}),
+    Place("redis", lambda told, _: {"url": told["KVPERSIST_TEST_REDIS_URL"], "base": _name()}, "redis"),
+    Place(
+        "redis-cluster",
+        lambda told, _: {"url": told["KVPERSIST_TEST_REDIS_CLUSTER_URL"], "base": _name()},
+        "redis-cluster",
+    ),
+    Place(
+        "redis-sentinel",
+        lambda told, _: {
+            "url": f"redis://{told['KVPERSIST_TEST_REDIS_SENTINEL_NODES']}/0",
+            "sentinel": told["KVPERSIST_TEST_REDIS_SENTINEL_MASTER"],
+            "base": _name(),
+        },
+        "redis-sentinel",
+    ),
+    Place("mongo", lambda told, _: {"url": told["KVPERSIST_TEST_MONGO_URL"], "collection": _name()}, "mongo"),
+    Place("postgres", lambda told, _: {"url": told["KVPERSIST_TEST_POSTGRES_URL"], "table": _name()}, "postgres"),
+    Place("mysql", lambda told, _: {"url": told["KVPERSIST_TEST_MYSQL_URL"], "table": _name()}, "mariadb"),
+    Place("s3", lambda told, _: _bucket(told, "s3"), "s3", keys=20_000),
+    Place("gcs", lambda told, _: _bucket(told, "gs"), "gcs", keys=20_000),
+    Place("azure", lambda told, _: _bucket(told, "az"), "azure", keys=20_000),
+)
+
+_ONLY: Final = os.environ.get("KVPERSIST_TEST_DRIVERS", "")  # names, for those who work on one driver
+PLACES: Final = tuple(place for place in _ALL if not _ONLY or place.name in _ONLY.split(","))

@@ -59,9 +59,9 @@ def service(missing_service: Missing) -> Service:
     """``service("postgres")``: the variables that say where it is, such as KVPERSIST_TEST_POSTGRES_URL."""
 
     def find(name: str) -> dict[str, str]:
-        names = [f"KVPERSIST_TEST_{name}" for name in VARIABLES[name]]
-        if all(os.environ.get(name) for name in names):
-            return {name: os.environ[name] for name in names}
-        missing_service(name, f"tests/services/up {name}")
+        names = [f"KVPERSIST_TEST_{variable}" for variable in VARIABLES[name]]
+        if not all(os.environ.get(name) for name in names):
+            missing_service(name, f"tests/services/up {name}")
+        return {name: os.environ[name] for name in names}
 
     return find

@@ -216,9 +216,8 @@ def test_a_jittery_answer_keeps_its_order(proxy: Proxy) -> None:
 
 def test_a_server_that_is_away_looks_cut(echo: _Echo, proxy: Proxy) -> None:
     echo.close()
-    with _connect(proxy) as connection:
-        with contextlib.suppress(ConnectionResetError):
-            assert connection.recv(1) == b""
+    with _connect(proxy) as connection, contextlib.suppress(ConnectionResetError):
+        assert connection.recv(1) == b""
     echo._listening = socket.create_server(("127.0.0.1", 0))  # for the fixture to close
 
 

@@ -174,6 +174,8 @@ def test_what_an_interrupted_start_has_left_is_stopped(scripts: _Scripts) -> Non
 
 
 def test_a_missing_program_is_told_and_the_rest_is_started(scripts: _Scripts, tmp_path: Path) -> None:
+    if shutil.which("redis-server") is None:
+        pytest.skip("the only redis-server is in the folder that this test hides")
     done = scripts.run("up", "--present", "redis", "mongo", KVPERSIST_SERVICES_CACHE=str(tmp_path))
 
     assert done.returncode == 1

@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, ClassVar, Final, Self, cast
 from urllib.parse import urlsplit
 
@@ -113,7 +113,14 @@ class PostgresOptions(PoolOptions, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class PostgresDriver:
-    """One table of a database. ``clock`` judges expiry."""
+    """One table of a database. ``clock`` judges expiry.
+
+    ``watch(prefix)``, which is not there behind PgBouncer, yields the changed keys; one connection
+    besides the pool's listens for all watches. Only commits of drivers with ``notify`` are seen, and no
+    expiry. A commit of more keys than a notification can name, and a lost connection, yield the empty tuple.
+    """
+
+    watch: Callable[[str], AsyncGenerator[tuple[str, ...]]]
 
     api: ClassVar[int] = 1
     Options: ClassVar[type[PostgresOptions]] = PostgresOptions
@@ -202,7 +209,7 @@ class PostgresDriver:
             if not plan.places:
                 continue
             try:
-                await self._apply(plan, batches, answers)
+                await self._apply(plan, now, batches, answers)
             except KvError as error:
                 if len(plans) == 1:
                     raise
@@ -251,16 +258,6 @@ class PostgresDriver:
         rows = await self._read(self._sql.compact, self.clock(), limit, writes=True)
         return len(rows)
 
-    def watch(self, prefix: str) -> AsyncGenerator[tuple[str, ...]]:
-        """Yield the changed keys below ``prefix``; one connection besides the pool's listens for all watches.
-
-        Only commits of drivers with ``notify`` are seen, and no expiry. A commit of more keys than a
-        notification can name, and a lost connection, yield the empty tuple.
-        """
-        if self._listener is None:
-            raise Unsupported("watching behind PgBouncer", "open a store without kv.pgbouncer for that")
-        return self._listener.watch(prefix)
-
     @classmethod
     def ddl_of(cls, options: PostgresOptions, /) -> str:
         """The statements that make what the store of ``options`` needs. Does not connect."""
@@ -303,6 +300,7 @@ class PostgresDriver:
         listens = not self._options.pgbouncer
         if listens and self._listener is None:
             self._listener = Listener(self._source, f"kvpersist:{oid}")
+            self.watch = self._listener.watch
         self.capabilities = structs.replace(
             self.capabilities, durable=durable, watch="push" if listens else None, server=f"PostgreSQL {version}"
         )
@@ -331,7 +329,7 @@ class PostgresDriver:
         except asyncpg.PostgresError as error:
             raise of_server(error, self._where, writes=writes) from error
 
-    async def _apply(self, plan: Plan, batches: Sequence[Batch], answers: list[Committed | KvError]) -> None:
+    async def _apply(self, plan: Plan, now: float, batches: Sequence[Batch], answers: list[Committed | KvError]) -> None:
         """Commit a plan and put the outcomes of its failed batches into ``answers``."""
         try:
             failed = await self._send(plan)
@@ -339,10 +337,10 @@ class PostgresDriver:
             if len(plan.places) == 1 or not is_of_one_batch(error):
                 raise of_server(error, self._where, writes=True) from error
             for place in plan.places:  # each by itself, so that only those fail which have to
-                alone = Plan(plan.now)
+                alone = Plan(now)
                 alone.add(place, batches[place])
                 try:
-                    await self._apply(alone, batches, answers)
+                    await self._apply(alone, now, batches, answers)
                 except KvError as refused:
                     answers[place] = refused
             return

@@ -9,7 +9,7 @@ from zlib import crc32
 
 from kvpersist.errors import BadKey, BadOption, KeyTooLong
 
-__all__ = ["COLUMNS", "MAX_KEY_BYTES", "SEPARATOR", "Statements", "escaped", "lock_of", "unescaped"]
+__all__ = ["COLUMNS", "MAX_KEY_BYTES", "SEPARATOR", "Statements", "escaped", "unescaped"]
 
 MAX_KEY_BYTES: Final = 2692  # as stored: an entry of a B-tree has 2,704 bytes, 12 of them its heads
 COLUMNS: Final = "expires_at double precision, key text C, value bytea, version bytea"
@@ -82,8 +82,3 @@ def escaped(key: str, limit: int | None = None) -> str:
 def unescaped(stored: str) -> str:
     """Return the key that is stored as ``stored``."""
     return stored.replace("\1\1", "\0").replace("\1\2", "\1") if "\1" in stored else stored
-
-
-def lock_of(stored: str) -> int:
-    """The number of the advisory lock of a key; 1 is the whole table's. Every release must use the same."""
-    return max(2, crc32(stored.encode()) & 0x7FFFFFFF)

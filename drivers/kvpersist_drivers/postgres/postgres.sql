@@ -33,24 +33,34 @@ SELECT key, value, version, expires_at FROM {table}
 WHERE key = any($1::text[]) AND (expires_at IS NULL OR expires_at > $2::float8)
 
 --- put
--- Puts without conditions. $1..$4: columns; $5: a table's number, $6: its locks (below); $7, $8: what is notified.
+-- Puts without conditions. $1..$4: columns; $5: the table's number; $6: whether to lock it as a whole;
+-- $7, $8: the channel, and what is told there. Locks come first, in the order of their numbers.
 WITH held AS MATERIALIZED (
-    SELECT count(CASE WHEN l > 0 THEN pg_advisory_xact_lock($5::int4, l)::text
-                      ELSE pg_advisory_xact_lock_shared($5::int4, -l)::text END) AS n,
-           CASE WHEN $8::text IS NOT NULL THEN pg_notify($7::text, $8::text)::text END AS told
-    FROM unnest($6::int4[]) AS l
+    SELECT
+        count(CASE
+            WHEN l IS NOT NULL THEN pg_advisory_xact_lock($5::int4, l)::text
+            WHEN $6::bool THEN pg_advisory_xact_lock($5::int4, 1)::text
+            ELSE pg_advisory_xact_lock_shared($5::int4, 1)::text
+        END) AS n,
+        CASE WHEN $8::text IS NOT NULL THEN pg_notify($7::text, $8::text)::text END AS told
+    FROM unnest(array_prepend(NULL, ARRAY(
+        SELECT DISTINCT coalesce(nullif(hashtext(k COLLATE "C"), 1), 2)
+        FROM unnest($1::text[]) AS k WHERE NOT $6::bool ORDER BY 1
+    ))) AS l
 )
 INSERT INTO {table} (key, value, version, expires_at)
-SELECT u.* FROM held, unnest($1::text[], $2::bytea[], $3::bytea[], $4::float8[]) AS u WHERE held.n >= 0
+SELECT u.* FROM held, unnest($1::text[], $2::bytea[], $3::bytea[], $4::float8[]) AS u WHERE held.n > 0
 ON CONFLICT (key) DO UPDATE
 SET value = excluded.value, version = excluded.version, expires_at = excluded.expires_at
 
 --- apply
--- Executed several times in one transaction and one round trip, each time on a fresh snapshot: first with the
--- locks alone, then once for each wave of batches. Answers the operations whose condition does not hold.
+-- Executed several times in one transaction and one round trip, each time on a fresh snapshot: first, with $2,
+-- for the locks of all keys; then once for each wave of batches. $1: the table's number; $3..$9: the operations;
+-- $10: now; $11: the channel. Answers the operations whose condition does not hold.
 WITH op AS MATERIALIZED (
     SELECT * FROM unnest($3::text[], $4::int4[], $5::int4[], $6::bytea[], $7::bytea[], $8::bytea[], $9::float8[])
-    AS op (key, batch, act, expect, value, version, expires_at)
+    AS op (key, act, batch, expect, value, version, expires_at)
+    WHERE $2::text IS NULL
 ), failed AS MATERIALIZED (
     SELECT op.batch, op.key, live.version
     FROM op LEFT JOIN {table} AS live
@@ -73,9 +83,20 @@ UNION ALL
 SELECT NULL, NULL, NULL FROM changed WHERE keys IS NOT NULL
     AND pg_notify($11::text, CASE WHEN octet_length(keys) < 7900 THEN keys ELSE '' END)::text IS NULL
 UNION ALL
-SELECT NULL, NULL, NULL FROM unnest($2::int4[]) AS l
-WHERE CASE WHEN l > 0 THEN pg_advisory_xact_lock($1::int4, l)::text
-           ELSE pg_advisory_xact_lock_shared($1::int4, -l)::text END IS NULL
+SELECT NULL, NULL, NULL FROM unnest(CASE WHEN $2::text IS NOT NULL THEN array_prepend(NULL, ARRAY(
+    SELECT number * 2 + bool_or(act > 0)::int
+    FROM (
+        SELECT coalesce(nullif(hashtext(key COLLATE "C"), 1), 2)::int8 AS number, act
+        FROM unnest($3::text[], $4::int4[]) AS op (key, act) WHERE $2::text = 'keys'
+    ) AS wanted
+    GROUP BY number ORDER BY number
+)) END) AS l
+WHERE CASE
+    WHEN l IS NULL AND $2::text = 'table' THEN pg_advisory_xact_lock($1::int4, 1)::text
+    WHEN l IS NULL THEN pg_advisory_xact_lock_shared($1::int4, 1)::text
+    WHEN l & 1 = 1 THEN pg_advisory_xact_lock($1::int4, (l >> 1)::int4)::text
+    ELSE pg_advisory_xact_lock_shared($1::int4, (l >> 1)::int4)::text
+END IS NULL
 
 --- scan
 SELECT key, value, version, expires_at FROM {table}

@@ -33,7 +33,7 @@ SESSION: Final = (
 )
 
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
-_DUMMY: Final = "x'0000000000000000',1,''"  # version, expiry (1 ms after 1970) and value of an entry that is not there
+_DUMMY: Final = "x'0000000000000000',1,x''"  # version, expiry (1 ms after 1970) and value of an entry that is not there
 
 Row = tuple[bytes, int, bytes]
 """Version, expiry in milliseconds or 0 for never, value."""

@@ -1,0 +1,123 @@
+"""One writer at a time, for a server that does not keep compare-and-set.
+
+FerretDB 1.x looks for the document that the filter of an update or a delete names, and then writes by
+``_id`` alone: of sixteen who replace one version at once, several are told that they did. What it does
+keep is uniqueness. So there every commit takes a turn: it inserts the one document that a collection
+beside the entries may have, and deletes it by an ``_id`` that nobody else has.
+
+A turn whose holder died ends when another process has seen it unchanged for `_LEASE` seconds; a holder
+sends nothing more after `_LONGEST`. No clock is compared with another machine's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from types import TracebackType
+from typing import Any, Final
+
+from pymongo.errors import DuplicateKeyError
+
+from kvpersist.errors import Busy, KvError
+from kvpersist_drivers.mongo._errors import Translator
+
+__all__ = ["Turns"]
+
+_LEASE: Final = 15.0  # seconds
+_LONGEST: Final = 8.0  # seconds
+_SETTLING: Final = 0.5  # seconds after which a write whose answer was lost has ended
+_PAUSE: Final = 0.004  # seconds between two attempts, on average
+_PATIENCE: Final = 30.0  # seconds a commit waits for its turn, unless its store's deadline is sooner
+
+
+class Turns:
+    """An asynchronous context manager. Its body is not cancelled; commits of one process queue up in it."""
+
+    def __init__(self, collection: Any, errors: Translator) -> None:
+        self._collection = collection
+        self._errors = errors
+        self._queue = asyncio.Lock()
+        self._token = ""
+        self._since = 0.0
+        self._left: tuple[str, float] | None = None  # a turn of ours that may still be there, and from when on
+        self._seen: tuple[str, float] | None = None  # the turn of another, and when it was first seen
+
+    async def prepare(self) -> None:
+        """Make sure that there can be no two."""
+        with self._errors.reading():
+            await self._collection.create_index("turn", unique=True)
+
+    async def __aenter__(self) -> None:
+        await self._queue.acquire()
+        try:
+            await self._take()
+        except BaseException:
+            self._queue.release()
+            raise
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self._left is None:
+                self._left = (self._token, time.monotonic() - _SETTLING)
+                await self._give_back()
+        except KvError:  # the next turn of ours begins with it; the commit is what it is
+            pass
+        finally:
+            self._queue.release()
+
+    def check(self) -> None:
+        """Raise where this turn has lasted so long that another may soon take its holder for dead."""
+        if time.monotonic() - self._since > _LONGEST:
+            raise Busy(f"{self._errors.where}: the commit took more than {_LONGEST:g} s: write fewer keys at once")
+
+    def unsettled(self) -> None:
+        """The answer to a write was lost: it may still be going on, so the turn is not given back at once."""
+        self._left = (self._token, time.monotonic())
+
+    async def _take(self) -> None:
+        if self._left is not None:
+            await asyncio.sleep(self._left[1] + _SETTLING - time.monotonic())
+            await self._give_back()
+        self._token = os.urandom(12).hex()
+        until = time.monotonic() + _PATIENCE
+        while True:
+            self._since = time.monotonic()
+            self._left = (self._token, self._since)  # should the answer be lost
+            if await self._inserted():
+                self._left = self._seen = None
+                return
+            self._left = None
+            await self._end_a_dead_one()
+            if self._since > until:
+                raise Busy(f"{self._errors.where}: others kept writing for {_PATIENCE:g} s; nothing was changed")
+            await asyncio.sleep(_PAUSE * (0.5 + random.random()))
+
+    async def _inserted(self) -> bool:
+        with self._errors.reading():
+            try:
+                await self._collection.insert_one({"_id": self._token, "turn": 1})
+            except DuplicateKeyError:
+                return False
+        return True
+
+    async def _give_back(self) -> None:
+        assert self._left is not None
+        with self._errors.reading():
+            await self._collection.delete_one({"_id": self._left[0]})
+        self._left = None
+
+    async def _end_a_dead_one(self) -> None:
+        now = time.monotonic()
+        if self._seen is not None and now - self._seen[1] < _LEASE and random.random() < 0.9:
+            return  # asked for often enough to see that it changed
+        with self._errors.reading():
+            holder = await self._collection.find_one({"turn": 1})
+            token = None if holder is None else holder["_id"]
+            if self._seen is None or self._seen[0] != token:
+                self._seen = None if token is None else (token, now)
+            elif now - self._seen[1] >= _LEASE:
+                await self._collection.delete_one({"_id": token})

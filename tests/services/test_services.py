@@ -25,7 +25,8 @@ class _Scripts:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("KVPERSIST_TEST_")}
+        ours = ("KVPERSIST_TEST_", "PYTEST_")
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
         self.environment["KVPERSIST_SERVICES_DIR"] = str(folder)
 
     def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -57,7 +57,9 @@ _PROVISIONING: Final = 0x6B7670  # the advisory lock of those who make tables
 _SESSION: Final = {
     "application_name": "kvpersist",
     "default_transaction_isolation": "read committed",
-    # a plan is kept: one made while the table was small must not read the whole table when it is large
+    # plans are made once, and one made while the table is small must not read the whole table when it is large
+    "plan_cache_mode": "force_generic_plan",
+    "enable_bitmapscan": "off",
     "enable_seqscan": "off",
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",

@@ -350,7 +350,7 @@ class PostgresDriver:
                     answers[place] = refused
             return
         for number, key, found in failed:
-            place: int = plan.places[number]
+            place = plan.places[int(number)]
             position = plan.position(number, key)
             before = answers[place]
             if not isinstance(before, Conflict) or position < before.position:

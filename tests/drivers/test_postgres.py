@@ -459,6 +459,18 @@ async def test_a_batch_is_never_torn_between_an_absence_and_a_plain_put(url: str
             assert isinstance(judged, Committed | Conflict)
 
 
+async def test_of_two_who_each_need_what_the_other_removes_one_wins(url: str, driver: PostgresDriver) -> None:
+    """Checks take shared locks, or each would be judged before the other's write."""
+    async with _opened(url, table=driver._options.table) as other:
+        for turn in range(40):
+            a, b = f"c:{turn}a", f"c:{turn}b"
+            answers = await asyncio.gather(
+                driver.commit([batch(Check(a, ABSENT), Put(b, b"1"))]),
+                other.commit([batch(Check(b, ABSENT), Put(a, b"1"))]),
+            )
+            assert sorted(type(outcome).__name__ for [outcome] in answers) == ["Committed", "Conflict"]
+
+
 async def test_what_another_process_is_about_to_change_is_not_compacted(url: str, driver: PostgresDriver) -> None:
     await driver.commit([batch(Put(f"c:{number}", b"v", expires_at=time.time() + 0.05)) for number in range(4)])
     await asyncio.sleep(0.1)

@@ -175,7 +175,7 @@ async def _few_rights(url: str, rights: str = "SELECT, INSERT, UPDATE, DELETE") 
     role, table = f"r{_table()}", _table()
     async with _opened(url, table=table):
         pass
-    await _sql(url, f"REVOKE CREATE ON SCHEMA public FROM public; CREATE ROLE {role} LOGIN")
+    await _sql(url, f"CREATE ROLE {role} LOGIN")
     if rights:
         await _sql(url, f"GRANT {rights} ON {table} TO {role}")
     try:
@@ -979,6 +979,12 @@ async def test_a_closed_driver_leaves_a_ready_pool_open_with_its_connections(url
         assert await asyncio.gather(*(pool.fetchval("SELECT 1") for _ in range(9))) == [1] * 9
         assert pool.get_idle_size() == pool.get_size()
     await _dropped(url, driver._sql.table)
+
+
+async def test_a_ready_pool_that_its_owner_has_exhausted_is_told_as_such(url: str) -> None:
+    async with asyncpg.create_pool(url, min_size=1, max_size=1) as pool, pool.acquire():
+        with pytest.raises(PoolExhausted):
+            await PostgresDriver.over(pool, connect_timeout=0.2)
 
 
 # -- watching ------------------------------------------------------------------------------------

@@ -34,14 +34,17 @@ class Source:
 
     async def make(self) -> Connection:
         try:
-            if self._pool is not None:
-                return await cast("Any", self._pool).acquire(timeout=self.timeout)
-            return await self._connect()
+            if self._pool is None:
+                return await self._connect()
+            return await cast("Any", self._pool).acquire(timeout=self.timeout)
         except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
             raise self.failure(error) from (None if type(error) is ValueError else error)
 
     def failure(self, error: Exception) -> KvError:
         """The error of ours for a connection that did not come about."""
+        pool = self._pool
+        if pool is not None and isinstance(error, TimeoutError) and pool.get_size() == pool.get_max_size():
+            return PoolExhausted(pool.get_max_size(), pool.get_size() - pool.get_idle_size(), self.timeout)
         return of_connecting(error, self.where, self.timeout)
 
     async def give_back(self, connection: Connection) -> None:

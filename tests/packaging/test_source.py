@@ -12,6 +12,7 @@ _TREES = dict(parsed())
 _REVIVING = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "jsonpickle", "yaml"}
 _BASE = {"kvpersist", "kvpersist_drivers", "msgspec", "platformdirs", "uuid_utils"}
 _CLI = {"cyclopts", "rich"}
+_POSTGRES = {"asyncpg"}
 _REDIS = {"redis", "hiredis"}
 _TESTING = {"hypothesis", "pytest", "pytest_asyncio"}
 _RUNNING = {"eval", "exec", "compile", "__import__"}
@@ -79,7 +80,12 @@ def test_the_scan_finds_what_revives_and_runs() -> None:
 
 @pytest.mark.parametrize("module", _TREES)
 def test_a_module_imports_what_its_extra_brings_and_no_more(module: str) -> None:
-    extras = {"kvpersist.cli": _CLI, "kvpersist.testing": _TESTING, "kvpersist_drivers.redis": _REDIS}
+    extras = {
+        "kvpersist.cli": _CLI,
+        "kvpersist.testing": _TESTING,
+        "kvpersist_drivers.postgres": _POSTGRES,
+        "kvpersist_drivers.redis": _REDIS,
+    }
     allowed = _BASE.union(*(more for prefix, more in extras.items() if module.startswith(prefix)))
 
     assert _imported(_TREES[module]) - set(sys.stdlib_module_names) - allowed == set()

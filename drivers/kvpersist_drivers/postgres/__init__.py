@@ -1,7 +1,7 @@
-"""A PostgreSQL server, 12 or later, by asyncpg. Needs ``kvpersist[postgres]``.
+r"""A PostgreSQL server, 12 or later, by asyncpg. Needs ``kvpersist[postgres]``.
 
 A store is one table: key, value, version, expiry. Its keys are compared byte by byte (``COLLATE "C"``);
-NUL, which a text of PostgreSQL cannot hold, is stored as ``\\x01\\x01`` and ``\\x01`` as ``\\x01\\x02``.
+NUL, which a text of PostgreSQL cannot hold, is stored as ``\x01\x01`` and ``\x01`` as ``\x01\x02``.
 No function, type or extension is made.
 
 ``get`` and ``scan`` are one statement, targets of index entries included. ``commit`` is one statement
@@ -22,7 +22,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any, ClassVar, Final, Self, cast
+from typing import Any, ClassVar, Final, Self, TypeAlias, cast
 from urllib.parse import urlsplit
 
 from msgspec import structs
@@ -43,12 +43,14 @@ with needs_extra("postgres", module="asyncpg"):
     import asyncpg
 
     from kvpersist_drivers.postgres._connections import Connection, Connections, Row, Source
-    from kvpersist_drivers.postgres._errors import AGAIN, is_of_one_batch, of_server
+    from kvpersist_drivers.postgres._errors import AGAIN, code_of, is_of_one_batch, of_server
     from kvpersist_drivers.postgres._plan import MAX_BATCH_BYTES, MAX_VALUE_BYTES, Plan
     from kvpersist_drivers.postgres._statements import COLUMNS, MAX_KEY_BYTES, Statements, escaped, unescaped
     from kvpersist_drivers.postgres._watch import Listener
 
 __all__ = ["PostgresDriver", "PostgresOptions"]
+
+_Answer: TypeAlias = Committed | KvError
 
 _OLDEST: Final = 120000  # the first with MATERIALIZED
 _ATTEMPTS: Final = 4  # of a statement that the server rolled back for another's sake
@@ -57,7 +59,9 @@ _PROVISIONING: Final = 0x6B7670  # the advisory lock of those who make tables
 _SESSION: Final = {
     "application_name": "kvpersist",
     "default_transaction_isolation": "read committed",
-    # a plan is kept: one made while the table was small must not read the whole table when it is large
+    # plans are made once, and one made while the table is small must not read the whole table when it is large
+    "plan_cache_mode": "force_generic_plan",
+    "enable_bitmapscan": "off",
     "enable_seqscan": "off",
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",
@@ -195,11 +199,11 @@ class PostgresDriver:
             entries.append(None if row is None else Entry(key, row[1], row[2], row[3]))
         return entries
 
-    async def commit(self, batches: Sequence[Batch]) -> list[Committed | KvError]:
+    async def commit(self, batches: Sequence[Batch]) -> list[_Answer]:
         if self._closed:
             raise _closed()
         now = self.clock()
-        answers: list[Committed | KvError] = []
+        answers: list[_Answer] = []
         plans = [Plan(now)]
         for place, batch in enumerate(batches):
             if plans[-1].size > MAX_BATCH_BYTES:
@@ -309,12 +313,13 @@ class PostgresDriver:
         """Make the schema and the table, one process at a time."""
         schema = self._sql.schema
         steps = [f"SELECT pg_advisory_xact_lock({_PROVISIONING})"]
-        if schema is not None and [[None]] == await self._read("SELECT to_regnamespace($1)::text", schema):
+        [[known]] = await self._read("SELECT to_regnamespace($1)::text", schema or "public")
+        if schema is not None and known is None:
             steps.append(f"CREATE SCHEMA IF NOT EXISTS {schema}")
         try:
             await self._connections.script(";\n".join([*steps, self._sql.provision]))
         except asyncpg.PostgresError as error:
-            if error.sqlstate in ("42501", "25006", "3F000"):
+            if code_of(error) in ("42501", "25006", "3F000"):
                 raise self._missing(f"nothing, and may not make it ({error})") from error
             raise of_server(error, self._where) from error
 
@@ -329,7 +334,7 @@ class PostgresDriver:
         except asyncpg.PostgresError as error:
             raise of_server(error, self._where, writes=writes) from error
 
-    async def _apply(self, plan: Plan, now: float, batches: Sequence[Batch], answers: list[Committed | KvError]) -> None:
+    async def _apply(self, plan: Plan, now: float, batches: Sequence[Batch], answers: list[_Answer]) -> None:
         """Commit a plan and put the outcomes of its failed batches into ``answers``."""
         try:
             failed = await self._send(plan)
@@ -345,7 +350,7 @@ class PostgresDriver:
                     answers[place] = refused
             return
         for number, key, found in failed:
-            place = plan.places[number]
+            place = plan.places[int(number)]
             position = plan.position(number, key)
             before = answers[place]
             if not isinstance(before, Conflict) or position < before.position:
@@ -364,7 +369,7 @@ class PostgresDriver:
                 return await self._connections.call_many(self._sql.apply, waves, writes=True)
             except asyncpg.PostgresError as error:
                 attempt += 1
-                if error.sqlstate not in AGAIN or attempt == _ATTEMPTS:
+                if code_of(error) not in AGAIN or attempt == _ATTEMPTS:
                     raise
             await asyncio.sleep(random.uniform(0, _PAUSE * 2**attempt))
 

@@ -17,7 +17,7 @@ __all__ = ["Connection", "Connections", "Row", "Source"]
 Connection: TypeAlias = Any  # an asyncpg.Connection, or a pool's proxy of one; asyncpg brings no whole types
 Row: TypeAlias = Sequence[Any]
 
-_STALE: Final = 0.05  # seconds unused, after which the loop is asked whether the server has hung up
+_STALE: Final = 0.005  # seconds unused, after which the loop is asked whether the server has hung up
 _TURNS: Final = 5  # of the loop, until it has read that
 _CLOSE_SECONDS: Final = 2.0  # that calls under way have when the driver is closed
 _RETIRE_SECONDS: Final = 1.0  # that a connection has to cancel its statement and say goodbye
@@ -34,14 +34,17 @@ class Source:
 
     async def make(self) -> Connection:
         try:
-            if self._pool is not None:
-                return await cast("Any", self._pool).acquire(timeout=self.timeout)
-            return await self._connect()
+            if self._pool is None:
+                return await self._connect()
+            return await cast("Any", self._pool).acquire(timeout=self.timeout)
         except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
             raise self.failure(error) from (None if type(error) is ValueError else error)
 
     def failure(self, error: Exception) -> KvError:
         """The error of ours for a connection that did not come about."""
+        pool = self._pool
+        if pool is not None and isinstance(error, TimeoutError) and pool.get_size() == pool.get_max_size():
+            return PoolExhausted(pool.get_max_size(), pool.get_size() - pool.get_idle_size(), self.timeout)
         return of_connecting(error, self.where, self.timeout)
 
     async def give_back(self, connection: Connection) -> None:
@@ -50,7 +53,7 @@ class Source:
             await self.retire(connection)
         else:
             with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
-                await self._pool.release(connection, timeout=_RETIRE_SECONDS)
+                await cast("Any", self._pool).release(connection, timeout=_RETIRE_SECONDS)
 
     async def retire(self, connection: Connection) -> None:
         """Cancel what it is doing, as far as the server listens, and close it; asyncpg tells its pool."""
@@ -75,6 +78,7 @@ class Connections:
         self._free = asyncio.Semaphore(limit)
         self._idle: list[tuple[Connection, float]] = []  # and since when, the oldest first
         self._busy: set[Connection] = set()
+        self._making: set[asyncio.Task[Connection]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._reaper: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
@@ -117,6 +121,8 @@ class Connections:
         except TimeoutError:
             for connection in list(self._busy):
                 connection.terminate()  # its call fails now
+            for making in self._making:
+                making.cancel()
             for _ in range(held, self._limit):
                 await self._free.acquire()
         for _ in range(self._limit):  # calls still to come are refused, not kept waiting
@@ -175,16 +181,40 @@ class Connections:
                 connection = None
             if self._closed:
                 raise _closed()
-            connection = await self._source.make()
-            if self._closed:
-                raise _closed()
-            return connection
         except BaseException:
             if connection is None:
                 self._free.release()
             else:
                 self._drop(connection)
             raise
+        return await self._made()
+
+    async def _made(self) -> Connection:
+        """Connect, in a task of its own: asyncpg does not clean up behind a cancelled attempt."""
+        making = self._loop.create_task(self._source.make())
+        self._making.add(making)
+        making.add_done_callback(self._making.discard)
+        try:
+            connection = await asyncio.shield(making)
+        except asyncio.CancelledError:
+            self._start(self._adopt(making))  # for the next caller
+            raise
+        except BaseException:
+            self._free.release()
+            raise
+        if self._closed:
+            self._drop(connection)
+            raise _closed()
+        return connection
+
+    async def _adopt(self, making: asyncio.Task[Connection]) -> None:
+        await asyncio.wait([making])
+        if making.cancelled() or making.exception() is not None:
+            self._free.release()
+        elif self._closed:
+            await self._retire(making.result())
+        else:
+            self._put(making.result())
 
     def _put(self, connection: Connection) -> None:
         self._busy.discard(connection)

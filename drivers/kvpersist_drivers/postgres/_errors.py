@@ -15,7 +15,7 @@ from kvpersist.errors import (
     Unavailable,
 )
 
-__all__ = ["AGAIN", "is_answer", "is_of_one_batch", "of_connecting", "of_server"]
+__all__ = ["AGAIN", "code_of", "is_answer", "is_of_one_batch", "of_connecting", "of_server"]
 
 AGAIN: Final = {"40001", "40P01"}  # serialization failure, deadlock: rolled back, and worth another attempt
 
@@ -34,18 +34,18 @@ def is_answer(error: BaseException) -> bool:
     """Whether ``error`` is the server's refusal of a statement, after which nothing of it was done."""
     if not isinstance(error, asyncpg.PostgresError):
         return False
-    code = _code(error)
+    code = code_of(error)
     return bool(code) and code not in _LOST and not code.startswith("08")
 
 
 def is_of_one_batch(error: asyncpg.PostgresError) -> bool:
     """Whether other batches of the same statement might have been taken."""
-    return _code(error)[:2] in _OF_ONE
+    return code_of(error)[:2] in _OF_ONE
 
 
 def of_server(error: asyncpg.PostgresError, where: str, *, writes: bool = False) -> KvError:
     """The error of ours for a refusal of a statement; each of these means that nothing was changed."""
-    code = _code(error)
+    code = code_of(error)
     message = f"{where}: {error}"
     if code in _READ_ONLY or (code in _DENIED and writes):
         return ReadOnly(f"{message}: name the primary server, or GRANT SELECT, INSERT, UPDATE, DELETE on the table")
@@ -60,7 +60,7 @@ def of_server(error: asyncpg.PostgresError, where: str, *, writes: bool = False)
 
 def of_connecting(error: Exception, where: str, seconds: float) -> KvError:
     """The error of ours for a connection that did not come about."""
-    code = _code(error)
+    code = code_of(error)
     if code in _FULL or "no more connections allowed" in str(error):  # the latter is PgBouncer's
         return TooManyClients(f"{where} takes no more connections: {error}; try again, or lower kv.pool_max")
     if code in _PASSWORD:
@@ -71,11 +71,11 @@ def of_connecting(error: Exception, where: str, seconds: float) -> KvError:
         return Unavailable(f"{where}: no connection in {seconds:g} s: is the server there? or raise kv.connect_timeout")
     if isinstance(error, asyncpg.ClientConfigurationError):
         return BadOption("url", str(error))
-    if isinstance(error, ValueError):  # of parsing; its text may hold a piece of the password
+    if isinstance(error, ValueError) and not isinstance(error, OSError):  # its text may hold a piece of the password
         return BadOption("url", "asyncpg cannot read it: write %40, %3A and %2F for '@', ':' and '/' in a password")
     return Unavailable(f"{where}: {error}: is the server there?")
 
 
-def _code(error: BaseException) -> str:
+def code_of(error: BaseException) -> str:
     """The SQLSTATE of an error; empty where it has none."""
     return str(getattr(error, "sqlstate", None) or "")

@@ -31,8 +31,16 @@ with needs_extra("mysql", module="asyncmy"):
     from kvpersist_drivers.mysql._connections import Answer, Connections, Link, Source
     from kvpersist_drivers.mysql._errors import AGAIN, NOT_AS_EXPECTED, code_of, of_server
     from kvpersist_drivers.mysql._options import MysqlOptions, place_of, pool_source
-    from kvpersist_drivers.mysql._plan import Verdict, conditions, expectations, judge, refusal
-    from kvpersist_drivers.mysql._statements import BESIDE_A_VALUE, COLUMNS, MAX_KEY_BYTES, PAGE, Statements, packets
+    from kvpersist_drivers.mysql._plan import Verdict, expectations, judge, locks, refusal
+    from kvpersist_drivers.mysql._statements import (
+        BESIDE_A_VALUE,
+        COLUMNS,
+        DUMMY,
+        MAX_KEY_BYTES,
+        PAGE,
+        Statements,
+        packets,
+    )
 
 __all__ = ["MysqlDriver", "MysqlOptions"]
 
@@ -220,8 +228,8 @@ class MysqlDriver:
             writes = self._written(hoped)
             await self._send(link, writes if len(writes) == 1 else ["BEGIN", *writes, "COMMIT"])
             return hoped.answers
-        checked, held = conditions(batches)
-        begin = ["BEGIN", *sql.versions(checked, shared_lock=True), *sql.hold(held, self._packet), *sql.versions(held)]
+        checked, held = locks(batches)
+        begin = ["BEGIN", *sql.share(checked), *sql.hold(held, self._packet), *sql.versions(held)]
         found: list[Answer] = []
         if all(isinstance(answer, Committed) for answer in hoped.answers):
             finish = [*sql.guard(expected, now_ms), *self._written(hoped, held, expected), "COMMIT"]
@@ -248,6 +256,8 @@ class MysqlDriver:
         puts = {key: row for key, row in verdict.rows.items() if row is not None}
         removed = {key for key, row in verdict.rows.items() if row is None}
         removed.update(key for key in held if key not in puts and (stored or {}).get(key, ABSENT) is ABSENT)
+        if puts and not held:  # so that all keys are locked in one order, which no two commits can deadlock over
+            puts |= dict.fromkeys(removed, DUMMY)
         return [*self._sql.put(puts, self._packet), *self._sql.delete(removed)]
 
     async def _send(

@@ -44,7 +44,7 @@ with needs_extra("mysql", module="asyncmy"):
 
 __all__ = ["MysqlDriver", "MysqlOptions"]
 
-_ATTEMPTS: Final = 5  # at a commit that met a deadlock, or waited 2 s for a lock
+_ATTEMPTS: Final = 5  # at a commit that met a deadlock, or waited 1 s for a lock
 _PAUSE_SECONDS: Final = 0.01  # doubled each time
 _MOST: Final = 16 << 20  # bytes of a value, however large the server's packets may be
 _SWEEP: Final = 500  # entries that one statement removes
@@ -246,7 +246,7 @@ class MysqlDriver:
         stored: dict[str, Expect] = {key.decode(): version for key, version, exp in rows if not exp or exp > now_ms}
         verdict = judge(batches, stored, now_ms)
         finish = [*self._written(verdict, held, stored), "COMMIT"] if verdict.rows else ["ROLLBACK"]
-        await self._send(link, finish)
+        await self._send(link, finish, commits=bool(verdict.rows))
         return verdict.answers
 
     def _written(

@@ -44,8 +44,8 @@ with needs_extra("mysql", module="asyncmy"):
 
 __all__ = ["MysqlDriver", "MysqlOptions"]
 
-_ATTEMPTS: Final = 5  # at a commit that met a deadlock, or waited 1 s for a lock
-_PAUSE_SECONDS: Final = 0.01  # doubled each time
+_ATTEMPTS: Final = 8  # at a commit that met a deadlock, or waited 1 s for a lock
+_PAUSE_SECONDS: Final = 0.01  # at most; doubled each time, four times over
 _MOST: Final = 16 << 20  # bytes of a value, however large the server's packets may be
 _SWEEP: Final = 500  # entries that one statement removes
 
@@ -217,7 +217,7 @@ class MysqlDriver:
             except CommitUnknown as error:
                 keys = tuple(op.key for batch in batches for op in batch.ops if not isinstance(op, Check))
                 raise CommitUnknown(keys, error.reason) from error.__cause__
-            await asyncio.sleep(random.uniform(0, _PAUSE_SECONDS * 2**attempt))
+            await asyncio.sleep(random.uniform(0, _PAUSE_SECONDS * 2 ** min(attempt, 4)))
         raise AssertionError("unreachable")
 
     async def _attempt(self, link: Link, batches: Sequence[Batch]) -> list[Committed | KvError]:
@@ -256,7 +256,7 @@ class MysqlDriver:
         puts = {key: row for key, row in verdict.rows.items() if row is not None}
         removed = {key for key, row in verdict.rows.items() if row is None}
         removed.update(key for key in held if key not in puts and (stored or {}).get(key, ABSENT) is ABSENT)
-        if puts and not held:  # so that all keys are locked in one order, which no two commits can deadlock over
+        if puts and not held:  # so that all keys are locked in one order, and two commits hardly ever deadlock
             puts |= dict.fromkeys(removed, DUMMY)
         return [*self._sql.put(puts, self._packet), *self._sql.delete(removed)]
 

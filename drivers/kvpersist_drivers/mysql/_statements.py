@@ -26,7 +26,7 @@ COLUMNS: Final = [
     ("value", "longblob"),
 ]
 SESSION: Final = (
-    # a lock is waited for 1 s, so that five attempts end before most deadlines
+    # a lock is waited for 1 s, so that eight attempts end before most deadlines
     "SET SESSION sql_mode='STRICT_ALL_TABLES',autocommit=1,innodb_lock_wait_timeout=1"
     # MariaDB would make a join of a list of a thousand keys, and read the whole table for it
     "/*M!100300 ,in_predicate_conversion_threshold=0 */"

@@ -657,9 +657,22 @@ async def test_two_batches_that_expect_each_other_s_key_to_be_absent_are_never_b
     await _ask(url, f"DROP TABLE {table}")
 
 
-async def test_commits_in_every_order_of_the_same_keys_all_end_well(url: str) -> None:
+async def test_commits_in_every_order_of_the_same_keys_hardly_ever_deadlock_and_all_end_well(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table, keys = _table(), [f"c:{number}" for number in range(12)]
     chance = random.Random(3)
+    refused: list[int] = []
+    call = Link.call
+
+    async def told(self: Link, sql: str, **options: Any) -> Any:
+        try:
+            return await call(self, sql, **options)
+        except asyncmy.errors.Error as error:
+            refused.append(error.args[0])
+            raise
+
+    monkeypatch.setattr(Link, "call", told)
     async with _opened(url, table=table) as one, _opened(url, table=table) as two:
 
         async def work(driver: MysqlDriver) -> None:
@@ -673,6 +686,8 @@ async def test_commits_in_every_order_of_the_same_keys_all_end_well(url: str) ->
         await asyncio.gather(*(work(driver) for driver in (one, two) for _ in range(4)))
 
         assert len(await one.scan(None, None, limit=99)) <= 12
+        assert set(refused) <= {1213, 1242}  # 1242: a condition that did not hold
+        assert refused.count(1213) < 20  # of 200 commits; some hundred where a statement locks what it need not
     await _ask(url, f"DROP TABLE {table}")
 
 

@@ -84,6 +84,7 @@ def test_a_module_imports_what_its_extra_brings_and_no_more(module: str) -> None
         "kvpersist.cli": _CLI,
         "kvpersist.testing": _TESTING,
         "kvpersist_drivers.postgres": _POSTGRES,
+        "kvpersist_drivers.mysql": {"asyncmy"},
         "kvpersist_drivers.redis": _REDIS,
     }
     allowed = _BASE.union(*(more for prefix, more in extras.items() if module.startswith(prefix)))

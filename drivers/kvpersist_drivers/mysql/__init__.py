@@ -31,13 +31,21 @@ with needs_extra("mysql", module="asyncmy"):
     from kvpersist_drivers.mysql._connections import Answer, Connections, Link, Source
     from kvpersist_drivers.mysql._errors import AGAIN, NOT_AS_EXPECTED, code_of, of_server
     from kvpersist_drivers.mysql._options import MysqlOptions, place_of, pool_source
-    from kvpersist_drivers.mysql._plan import Verdict, conditions, expectations, judge, refusal
-    from kvpersist_drivers.mysql._statements import BESIDE_A_VALUE, COLUMNS, MAX_KEY_BYTES, PAGE, Statements, packets
+    from kvpersist_drivers.mysql._plan import Verdict, expectations, judge, locks, refusal
+    from kvpersist_drivers.mysql._statements import (
+        BESIDE_A_VALUE,
+        COLUMNS,
+        DUMMY,
+        MAX_KEY_BYTES,
+        PAGE,
+        Statements,
+        packets,
+    )
 
 __all__ = ["MysqlDriver", "MysqlOptions"]
 
-_ATTEMPTS: Final = 5  # at a commit that met a deadlock, or waited 2 s for a lock
-_PAUSE_SECONDS: Final = 0.01  # doubled each time
+_ATTEMPTS: Final = 8  # at a commit that met a deadlock, or waited 1 s for a lock
+_PAUSE_SECONDS: Final = 0.01  # at most; doubled each time, four times over
 _MOST: Final = 16 << 20  # bytes of a value, however large the server's packets may be
 _SWEEP: Final = 500  # entries that one statement removes
 
@@ -209,7 +217,7 @@ class MysqlDriver:
             except CommitUnknown as error:
                 keys = tuple(op.key for batch in batches for op in batch.ops if not isinstance(op, Check))
                 raise CommitUnknown(keys, error.reason) from error.__cause__
-            await asyncio.sleep(random.uniform(0, _PAUSE_SECONDS * 2**attempt))
+            await asyncio.sleep(random.uniform(0, _PAUSE_SECONDS * 2 ** min(attempt, 4)))
         raise AssertionError("unreachable")
 
     async def _attempt(self, link: Link, batches: Sequence[Batch]) -> list[Committed | KvError]:
@@ -220,8 +228,8 @@ class MysqlDriver:
             writes = self._written(hoped)
             await self._send(link, writes if len(writes) == 1 else ["BEGIN", *writes, "COMMIT"])
             return hoped.answers
-        checked, held = conditions(batches)
-        begin = ["BEGIN", *sql.versions(checked, shared_lock=True), *sql.hold(held, self._packet), *sql.versions(held)]
+        checked, held = locks(batches)
+        begin = ["BEGIN", *sql.share(checked), *sql.hold(held, self._packet), *sql.versions(held)]
         found: list[Answer] = []
         if all(isinstance(answer, Committed) for answer in hoped.answers):
             finish = [*sql.guard(expected, now_ms), *self._written(hoped, held, expected), "COMMIT"]
@@ -238,7 +246,7 @@ class MysqlDriver:
         stored: dict[str, Expect] = {key.decode(): version for key, version, exp in rows if not exp or exp > now_ms}
         verdict = judge(batches, stored, now_ms)
         finish = [*self._written(verdict, held, stored), "COMMIT"] if verdict.rows else ["ROLLBACK"]
-        await self._send(link, finish)
+        await self._send(link, finish, commits=bool(verdict.rows))
         return verdict.answers
 
     def _written(
@@ -248,6 +256,8 @@ class MysqlDriver:
         puts = {key: row for key, row in verdict.rows.items() if row is not None}
         removed = {key for key, row in verdict.rows.items() if row is None}
         removed.update(key for key in held if key not in puts and (stored or {}).get(key, ABSENT) is ABSENT)
+        if puts and not held:  # so that all keys are locked in one order, and two commits hardly ever deadlock
+            puts |= dict.fromkeys(removed, DUMMY)
         return [*self._sql.put(puts, self._packet), *self._sql.delete(removed)]
 
     async def _send(

@@ -9,7 +9,7 @@ from kvpersist.driver import ABSENT, Batch, Check, Committed, Expect, Op, Put, m
 from kvpersist.errors import BadKey, BadRequest, Conflict, KeyTooLong, KvError, ValueTooLarge
 from kvpersist_drivers.mysql._statements import MAX_KEY_BYTES, Row
 
-__all__ = ["Verdict", "conditions", "expectations", "judge", "refusal"]
+__all__ = ["Verdict", "expectations", "judge", "locks", "refusal"]
 
 
 class Verdict(NamedTuple):
@@ -51,11 +51,10 @@ def expectations(batches: Sequence[Batch]) -> dict[str, Expect]:
     return expected
 
 
-def conditions(batches: Sequence[Batch]) -> tuple[set[str], set[str]]:
-    """The keys that are only looked at, and are there if all goes well; and the others that are expected to be so."""
-    named = {op.key for batch in batches for op in batch.ops if op.expect is not None}
+def locks(batches: Sequence[Batch]) -> tuple[set[str], set[str]]:
+    """The keys that are only looked at, and are there if all goes well; and all others."""
     held = {op.key for batch in batches for op in batch.ops if op.expect is ABSENT or not isinstance(op, Check)}
-    return named - held, named & held
+    return {op.key for batch in batches for op in batch.ops} - held, held
 
 
 def judge(batches: Sequence[Batch], stored: Mapping[str, Expect], now_ms: int) -> Verdict:

@@ -14,7 +14,7 @@ from typing import Final
 from kvpersist.driver import ABSENT, Expect
 from kvpersist.errors import BadOption
 
-__all__ = ["BESIDE_A_VALUE", "COLUMNS", "MAX_KEY_BYTES", "PAGE", "SESSION", "Row", "Statements", "packets"]
+__all__ = ["BESIDE_A_VALUE", "COLUMNS", "DUMMY", "MAX_KEY_BYTES", "PAGE", "SESSION", "Row", "Statements", "packets"]
 
 PAGE: Final = 1000  # keys or entries of one statement
 BESIDE_A_VALUE: Final = 4096  # bytes of a packet: the longest key, twice, and the statement around it
@@ -26,17 +26,20 @@ COLUMNS: Final = [
     ("value", "longblob"),
 ]
 SESSION: Final = (
-    "SET SESSION sql_mode='STRICT_ALL_TABLES',autocommit=1,innodb_lock_wait_timeout=2"  # seconds
+    # a lock is waited for 1 s, so that eight attempts end before most deadlines
+    "SET SESSION sql_mode='STRICT_ALL_TABLES',autocommit=1,innodb_lock_wait_timeout=1"
     # MariaDB would make a join of a list of a thousand keys, and read the whole table for it
     "/*M!100300 ,in_predicate_conversion_threshold=0 */"
     ";SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED"
 )
 
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
-_DUMMY: Final = "x'0000000000000000',1,x''"  # version, expiry (1 ms after 1970) and value of an entry that is not there
 
 Row = tuple[bytes, int, bytes]
 """Version, expiry in milliseconds or 0 for never, value."""
+
+DUMMY: Final[Row] = (bytes(8), 1, b"")
+"""An entry that is not there: long expired, and only seen by the transaction that holds its key with it."""
 
 
 class Statements:
@@ -71,42 +74,33 @@ class Statements:
         )
         self.page = PAGE  # keys of one statement
         self._name = name
-        self._by_key = (
-            f"{name} FORCE INDEX (PRIMARY)"  # on a small table a list of keys would read, and lock, all of it
-        )
 
     def get(self, keys: Iterable[str]) -> list[str]:
-        return [f"SELECT k,version,expires,value FROM {self._by_key} WHERE k IN ({part})" for part in self._lists(keys)]
+        return [f"SELECT k,version,expires,value FROM {self._listed(part)}" for part in self._parts(keys)]
 
     def put(self, rows: Mapping[str, Row], limit: int) -> list[str]:
         """Insert or replace, in the order of the keys; statements of at most ``limit`` characters."""
-        texts = [
-            f"({_text(key)},x'{version.hex()}',{expires},x'{value.hex()}')"
-            for key, (version, expires, value) in sorted(rows.items(), key=_by_bytes)
-        ]
-        return self._inserted(texts, "version=VALUES(version),expires=VALUES(expires),value=VALUES(value)", limit)
+        return self._inserted(rows, "version=VALUES(version),expires=VALUES(expires),value=VALUES(value)", limit)
 
     def hold(self, keys: Iterable[str], limit: int) -> list[str]:
         """Lock ``keys`` for this transaction, one after the other, whether there is an entry or not."""
-        texts = [f"({_text(key)},{_DUMMY})" for key in sorted(keys, key=str.encode)]
-        return self._inserted(texts, "k=VALUES(k)", limit)
+        return self._inserted(dict.fromkeys(keys, DUMMY), "k=VALUES(k)", limit)
 
     def delete(self, keys: Iterable[str]) -> list[str]:
-        return [
-            f"DELETE e FROM {self._name} AS e FORCE INDEX (PRIMARY) WHERE e.k IN ({part})" for part in self._lists(keys)
-        ]
+        return [f"DELETE e FROM {self._joined(part)}" for part in self._parts(keys)]
 
-    def versions(self, keys: Iterable[str], *, shared_lock: bool = False) -> list[str]:
-        lock = " LOCK IN SHARE MODE" if shared_lock else ""
-        return [f"SELECT k,version,expires FROM {self._by_key} WHERE k IN ({part}){lock}" for part in self._lists(keys)]
+    def versions(self, keys: Iterable[str]) -> list[str]:
+        return [f"SELECT k,version,expires FROM {self._listed(part)}" for part in self._parts(keys)]
+
+    def share(self, keys: Iterable[str]) -> list[str]:
+        """The versions of ``keys``, which nobody changes until this transaction ends."""
+        return [
+            f"SELECT e.k,e.version,e.expires FROM {self._joined(part)} LOCK IN SHARE MODE" for part in self._parts(keys)
+        ]
 
     def guard(self, expected: Mapping[str, Expect], now_ms: int) -> list[str]:
         """Fail with `NOT_AS_EXPECTED` unless exactly the expected versions are there."""
-        keys = sorted(expected, key=str.encode)
-        return [
-            self._guarded({key: expected[key] for key in keys[at : at + self.page]}, now_ms)
-            for at in range(0, len(keys), self.page)
-        ]
+        return [self._guarded(part, expected, now_ms) for part in self._parts(expected)]
 
     def sweep(self, now_ms: int, limit: int) -> str:
         return f"DELETE FROM {self._name} WHERE expires>0 AND expires<={now_ms} ORDER BY expires LIMIT {limit}"
@@ -140,21 +134,32 @@ class Statements:
             f"WHERE {bounds} ORDER BY {order} LIMIT {limit}"
         )
 
-    def _guarded(self, expected: Mapping[str, Expect], now_ms: int) -> str:
-        there = [
-            f"x'{version.hex()}{key.encode().hex()}'" for key, version in expected.items() if version is not ABSENT
-        ]
+    def _guarded(self, keys: Sequence[str], expected: Mapping[str, Expect], now_ms: int) -> str:
+        there = [f"x'{version.hex()}{key.encode().hex()}'" for key in keys if (version := expected[key]) is not ABSENT]
         right = f"SUM(CONCAT(version,k) IN ({','.join(there)}))" if there else "0"
         return (
-            f"SELECT IF((SELECT COUNT(*)={len(there)} AND COALESCE({right},0)={len(there)} FROM {self._by_key} "
-            f"WHERE k IN ({','.join(map(_text, expected))}) AND {_live('', now_ms)}),1,(SELECT 1 UNION SELECT 2))"
+            f"SELECT IF((SELECT COUNT(*)={len(there)} AND COALESCE({right},0)={len(there)} "
+            f"FROM {self._listed(keys)} AND {_live('', now_ms)}),1,(SELECT 1 UNION SELECT 2))"
         )
 
-    def _lists(self, keys: Iterable[str]) -> list[str]:
-        texts = sorted(map(_text, keys))  # hexadecimal digits sort as the bytes do
-        return [",".join(texts[at : at + self.page]) for at in range(0, len(texts), self.page)]
+    def _parts(self, keys: Iterable[str]) -> list[list[str]]:
+        ordered = sorted(keys, key=str.encode)
+        return [ordered[at : at + self.page] for at in range(0, len(ordered), self.page)]
 
-    def _inserted(self, texts: Sequence[str], update: str, limit: int) -> list[str]:
+    def _listed(self, keys: Iterable[str]) -> str:
+        return f"{self._name} FORCE INDEX (PRIMARY) WHERE k IN ({','.join(map(_text, keys))})"
+
+    def _joined(self, keys: Iterable[str]) -> str:
+        """Finds each key by itself, in their order: where most of a table is listed, IN would read and lock it all."""
+        first, *others = map(_text, keys)
+        table = " UNION ALL SELECT ".join([f"SELECT {first} AS k", *others])
+        return f"({table}) d STRAIGHT_JOIN {self._name} e ON e.k=d.k"
+
+    def _inserted(self, rows: Mapping[str, Row], update: str, limit: int) -> list[str]:
+        texts = [
+            f"({_text(key)},x'{version.hex()}',{expires},x'{value.hex()}')"
+            for key, (version, expires, value) in sorted(rows.items(), key=_by_bytes)
+        ]
         head = f"INSERT INTO {self._name} (k,version,expires,value) VALUES "
         tail = f" ON DUPLICATE KEY UPDATE {update}"
         return [head + part + tail for part in packets(texts, limit - len(head) - len(tail), ",")]

@@ -131,14 +131,7 @@ class RedisDriver:
             raise closed()
         if not keys:
             return []
-        base = self._base
-        names = [
-            f"{base}:{{.{key[:at]}}}{key[at:]}" if (at := key.find(":")) >= 0 else f"{base}:{{.}}{key}" for key in keys
-        ]
-        if self._servers.sharded:
-            stored = await self._gathered(keys, names)
-        else:
-            stored = await self._ask(0, "MGET", *names)
+        stored = await self._stored(keys)
         return [None if data is None else unpacked_entry(key, data) for key, data in zip(keys, stored, strict=True)]
 
     async def commit(self, batches: Sequence[Batch]) -> list[Committed | KvError]:
@@ -242,6 +235,13 @@ class RedisDriver:
             async for keys in found:
                 yield keys
 
+    async def _stored(self, keys: Sequence[str]) -> list[bytes | None]:
+        base = self._base
+        names = [
+            f"{base}:{{.{key[:at]}}}{key[at:]}" if (at := key.find(":")) >= 0 else f"{base}:{{.}}{key}" for key in keys
+        ]
+        return await (self._gathered(keys, names) if self._servers.sharded else self._ask(0, "MGET", *names))
+
     async def _gathered(self, keys: Sequence[str], names: list[str]) -> list[bytes | None]:
         """What is stored under ``names``, one MGET for each slot."""
         try:
@@ -325,8 +325,8 @@ class RedisDriver:
         """Add the targets, which are in other namespaces, with one more call."""
         keys = [deref + entry.value.decode("utf-8", "replace") for entry in entries]
         return [
-            Entry(entry.key, entry.value, entry.version, entry.expires_at, target)
-            for entry, target in zip(entries, await self.get(keys), strict=True)
+            _pointing(entry, key, data)
+            for entry, key, data in zip(entries, keys, await self._stored(keys) if keys else [], strict=True)
         ]
 
     async def _probe(self, info: dict[str, str]) -> None:
@@ -400,7 +400,7 @@ async def _servers(place: Place) -> tuple[Servers, dict[str, str]]:
     if place.sentinel:
         servers = Sentinels(place.sentinel, place.addresses, place.open_sentinel, place.open, place.limits)
         return servers, await _told(servers)
-    why: list[str] = []
+    failed: list[Unavailable] = []
     for address in place.addresses or [None]:
         pool = place.open(address) if place.pool is None else place.pool
         path = pool.connection_kwargs.get("path")
@@ -408,7 +408,7 @@ async def _servers(place: Place) -> tuple[Servers, dict[str, str]]:
         try:
             info = await _told(single)
         except Unavailable as error:  # its neighbours may be there
-            why.append(str(error))
+            failed.append(error)
             continue
         mode = info.get("redis_mode", "standalone")
         if mode == "standalone" and len(place.addresses) < 2:
@@ -419,7 +419,9 @@ async def _servers(place: Place) -> tuple[Servers, dict[str, str]]:
         if mode != "cluster" and info:
             raise BadOption("url", f"{single.where} is no part of a cluster: name one server, or sentinels and kv.sentinel")
         return Cluster([address, *place.addresses] if address else [], place.open, place.limits), info
-    raise Unavailable("; ".join(why))
+    if len(failed) == 1:
+        raise failed[0]
+    raise Unavailable("; ".join(str(error) for error in failed))
 
 
 async def _told(servers: Servers) -> dict[str, str]:
@@ -470,11 +472,14 @@ def _entries(space: str, page: list[bytes], deref: str | None, keys_only: bool) 
     for at in range(0, len(page), 3):
         member, stored, target = page[at : at + 3]
         entry = _listed(space + member.decode(), stored)
-        found = None
-        if target is not None and entry.version is not _NO_VERSION:  # pyright: ignore[reportUnnecessaryComparison]
-            found = _listed(deref + entry.value.decode("utf-8", "replace"), target)
-        entries.append(Entry(entry.key, entry.value, entry.version, entry.expires_at, found))
+        entries.append(_pointing(entry, deref + entry.value.decode("utf-8", "replace"), target))
     return entries
+
+
+def _pointing(entry: Entry, key: str, target: bytes | None) -> Entry:
+    """``entry`` with what is stored at ``key``; a damaged one points at nothing."""
+    found = None if target is None or entry.version is _NO_VERSION else _listed(key, target)
+    return Entry(entry.key, entry.value, entry.version, entry.expires_at, found)
 
 
 def _listed(key: str, stored: bytes, keys_only: bool = False) -> Entry:

@@ -273,7 +273,7 @@ async def test_sentinels_are_asked_by_the_parameters_of_a_url(sentinel: str) -> 
         await store.put("greeting", "hello")
         assert await store.get("greeting") == "hello"
         assert "Sentinel" in store.capabilities.server
-        await store.clear("")
+        await store.clear("", raw=True)
 
 
 async def test_a_master_that_no_sentinel_knows_is_told(sentinel: str) -> None:

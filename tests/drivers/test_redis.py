@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import random
 import shutil
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from redis.asyncio import ConnectionPool, Redis
 from proxy import Proxy
+from redis.asyncio import ConnectionPool, Redis
 from redis_server import RedisServer, free_port
 
 import kvpersist
@@ -309,8 +310,11 @@ async def test_a_damaged_value_is_named_and_a_list_goes_on_past_it(driver: Redis
     await driver.commit([batch(Put(key, b"a")) for key in ("c:#i:a", "d:i")])
     whole = await raw.get(_name(driver, "c:a"))
     damaged = {
-        **{"empty": b"", "short": b"short", "version": b"x" + whole[1:]},
-        **{"expiry": whole[:12] + b"x" + whole[13:], "checksum": whole[:19] + b"x" + whole[20:]},
+        "empty": b"",
+        "short": b"short",
+        "version": b"x" + whole[1:],
+        "expiry": whole[:12] + b"x" + whole[13:],
+        "checksum": whole[:19] + b"x" + whole[20:],
     }[flip]
     await raw.set(_name(driver, "c:a"), damaged)
 
@@ -558,7 +562,7 @@ async def test_each_scheme_leads_to_the_server(redis_server: RedisServer, url: s
 
 async def test_a_call_that_finds_no_free_connection_says_so(redis_server: RedisServer) -> None:
     with Proxy.before(redis_server.url) as proxy:
-        async with _opened(redis_server, url=proxy.url, pool_max=2, connect_timeout=0.2) as driver:
+        async with _opened(redis_server, url=proxy.url, pool_max=2, connect_timeout=1.0) as driver:
             await asyncio.gather(*(driver.get(["c:a"]) for _ in range(2)))  # both are connected
             proxy.stall_answers()
             held = [asyncio.ensure_future(driver.get(["c:a"])) for _ in range(2)]
@@ -809,7 +813,7 @@ async def test_a_storm_of_cancelled_calls_mixes_up_no_answers(driver: RedisDrive
         await asyncio.sleep(delay)
         task.cancel()
 
-    while cancelled < 2000:
+    while cancelled < 2000 or answered <= 200:
         tasks = [asyncio.create_task(ask(chance.choice(keys))) for _ in range(64)]
         stops = [asyncio.create_task(later(task, chance.random() * 0.008)) for task in tasks]
         answers = await asyncio.gather(*tasks, return_exceptions=True)
@@ -818,7 +822,6 @@ async def test_a_storm_of_cancelled_calls_mixes_up_no_answers(driver: RedisDrive
         assert all(answer is None or isinstance(answer, asyncio.CancelledError) for answer in answers), answers
 
     assert wrong == []
-    assert answered > 200
     assert len(_pool(driver)._all) <= 10
     assert driver._servers.in_use == 0
     assert [entry and entry.value for entry in await driver.get(keys)] == [key.encode() for key in keys]
@@ -901,3 +904,73 @@ async def test_concurrent_turns_are_numbered_without_gaps(redis_server: RedisSer
 
         assert [message.number for message in await first.messages.last(session, 100)] == list(range(1, 81))
         assert await first._all.messages.verify() == []
+
+
+# -- faults on the way ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["refuse", "cut", "end", "cut in answers", "no answers", "stall", "slow"])
+async def test_what_fails_on_the_way_is_told_in_time_and_leaves_nothing_behind(
+    redis_server: RedisServer, fault: str
+) -> None:
+    timeout = 0.4
+    wrong: list[Any] = []
+    errors: list[KvError] = []
+    numbers = itertools.count()
+    written: dict[str, set[int]] = {}  # what may be there
+
+    async def work(store: kvpersist.Store, rounds: int) -> None:
+        for _ in range(rounds):
+            number = next(numbers)
+            key = f"c:{number % 40}"
+            begun = asyncio.get_running_loop().time()
+            try:
+                if number % 3:
+                    written.setdefault(key, set()).add(number)
+                    await store.put(key, [key, number])
+                else:
+                    found = await store.get(key)
+                    wrong.extend([found] * (found is not None and (found[0] != key or found[1] not in written[key])))
+            except KvError as error:
+                errors.append(error)
+            took = asyncio.get_running_loop().time() - begun
+            wrong.extend([took] * (took > timeout + 1.5))  # a lane's grace, and looking for a lost write
+
+    with Proxy.before(redis_server.url) as proxy:
+        async with (
+            _opened(redis_server, url=proxy.url, connect_timeout=0.3) as driver,
+            kvpersist.open_store(driver, timeout=timeout) as store,
+        ):
+            await work(store, 20)
+            for _ in range(2):
+                tasks = [asyncio.create_task(work(store, 5)) for _ in range(24)]
+                await asyncio.sleep(0.01)
+                match fault:
+                    case "refuse":
+                        proxy.refuse()
+                        proxy.cut()
+                    case "cut":
+                        proxy.cut()
+                    case "end":
+                        proxy.cut(reset=False)
+                    case "cut in answers":
+                        proxy.cut_after(7)
+                    case "no answers":
+                        proxy.stall_answers()
+                    case "stall":
+                        proxy.stall()
+                    case _:
+                        proxy.delay(0.03, 0.03)
+                await asyncio.gather(*tasks)
+                proxy.heal()
+                with contextlib.suppress(CommitUnknown):  # an idle connection may have been cut just now
+                    await store.put("c:after", next(numbers))
+                await store.put("c:after", next(numbers))
+                assert await store.has("c:after")
+
+            assert wrong == []
+            assert all(isinstance(error, Unavailable | CommitUnknown) for error in errors), errors
+            assert driver._servers.in_use == 0
+            assert sum(connection.is_connected for connection in _pool(driver)._all) <= proxy.connections + 1
+            entries = [await store.get(f"c:{number}") for number in range(40)]
+            assert all(found[0] == f"c:{n}" for n, found in enumerate(entries) if found is not None)

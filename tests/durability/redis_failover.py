@@ -12,6 +12,7 @@ one. What was found is printed as JSON.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import signal
 import sys
@@ -182,7 +183,7 @@ def _after(writer: Writer, at: float) -> float | None:
 
 def _gap(writer: Writer, at: float) -> float:
     times = [one for one in writer.accepted if one > at - 0.1]
-    return max((later - one for one, later in zip(times, times[1:], strict=False)), default=0.0)
+    return max((later - one for one, later in itertools.pairwise(times)), default=0.0)
 
 
 if __name__ == "__main__":

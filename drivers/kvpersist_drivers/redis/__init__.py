@@ -20,7 +20,7 @@ import asyncio
 import copy
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, ClassVar, Final, Self, cast
+from typing import Any, ClassVar, Final, Self
 
 from msgspec import Struct, structs
 
@@ -39,7 +39,17 @@ from kvpersist.errors import (
 )
 
 with needs_extra("redis", module="redis"), needs_extra("redis", module="hiredis"):
-    from kvpersist_drivers.redis._connections import COMMIT, PERMIT, SCAN, SWEEP, TELL, Connections, Request, Script, closed
+    from kvpersist_drivers.redis._connections import (
+        COMMIT,
+        PERMIT,
+        SCAN,
+        SWEEP,
+        TELL,
+        Connections,
+        Request,
+        Script,
+        closed,
+    )
     from kvpersist_drivers.redis._errors import of_reply
     from kvpersist_drivers.redis._options import Place, RedisOptions, place_of
     from kvpersist_drivers.redis._plan import MAX_VALUE_BYTES, Names, Plan, names_of, space_of
@@ -337,7 +347,8 @@ class RedisDriver:
             raise Unsupported(f"Redis {version} ({self._servers.where})", "it needs 6.2 or later")
         valkey = info.get("valkey_version")
         server = f"Valkey {valkey}" if valkey else f"Redis {version}".strip()
-        kind = {Cluster: " Cluster", Sentinels: " with Sentinel"}.get(type(self._servers), "")
+        kind = " Cluster" if isinstance(self._servers, Cluster) else ""
+        kind = " with Sentinel" if isinstance(self._servers, Sentinels) else kind
         self.capabilities = structs.replace(self.capabilities, server=server + kind)
         try:
             await self._run(PERMIT, [f"{self._base}:?"], [])
@@ -417,7 +428,9 @@ async def _servers(place: Place) -> tuple[Servers, dict[str, str]]:
         if mode == "sentinel":
             raise BadOption("sentinel", f"{single.where} is one: name the master too, ?kv.sentinel=NAME")
         if mode != "cluster" and info:
-            raise BadOption("url", f"{single.where} is no part of a cluster: name one server, or sentinels and kv.sentinel")
+            raise BadOption(
+                "url", f"{single.where} is no part of a cluster: name one server, or sentinels and kv.sentinel"
+            )
         return Cluster([address, *place.addresses] if address else [], place.open, place.limits), info
     if len(failed) == 1:
         raise failed[0]
@@ -434,8 +447,8 @@ async def _told(servers: Servers) -> dict[str, str]:
     except BaseException:
         await servers.close()
         raise
-    text = "" if isinstance(told, KvError) else told.decode("utf-8", "replace")
-    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    text: str = "" if isinstance(told, KvError) else told.decode("utf-8", "replace")
+    return {name: value for name, _, value in (line.partition(":") for line in text.splitlines())}
 
 
 def _unknown(error: KvError) -> KvError:
@@ -467,7 +480,9 @@ def _entries(space: str, page: list[bytes], deref: str | None, keys_only: bool) 
     """The entries of a page: member, what is stored, and with ``deref`` what is stored at the target."""
     if deref is None:
         items = iter(page)
-        return [_listed(space + member.decode(), stored, keys_only) for member, stored in zip(items, items, strict=True)]
+        return [
+            _listed(space + member.decode(), stored, keys_only) for member, stored in zip(items, items, strict=True)
+        ]
     entries: list[Entry] = []
     for at in range(0, len(page), 3):
         member, stored, target = page[at : at + 3]

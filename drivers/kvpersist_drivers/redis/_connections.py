@@ -161,7 +161,8 @@ class Connections:
         """Return a new connection, beyond the limit, for whoever listens; `hang_up` ends it."""
         if self._closed:
             raise closed()
-        connection = self.pool.connection_class(**{**self.pool.connection_kwargs, "protocol": 2})
+        settings: dict[str, Any] = {**self.pool.connection_kwargs, "protocol": 2}
+        connection = cast(Any, self.pool.connection_class)(**settings)
         await self._connect(connection)
         self._listening.add(connection)
         return connection

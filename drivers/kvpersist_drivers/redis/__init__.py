@@ -20,7 +20,7 @@ import asyncio
 import copy
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, ClassVar, Final, Self, cast
+from typing import Any, ClassVar, Final, Self
 
 from msgspec import Struct, structs
 
@@ -39,7 +39,17 @@ from kvpersist.errors import (
 )
 
 with needs_extra("redis", module="redis"), needs_extra("redis", module="hiredis"):
-    from kvpersist_drivers.redis._connections import COMMIT, PERMIT, SCAN, SWEEP, TELL, Connections, Request, Script, closed
+    from kvpersist_drivers.redis._connections import (
+        COMMIT,
+        PERMIT,
+        SCAN,
+        SWEEP,
+        TELL,
+        Connections,
+        Request,
+        Script,
+        closed,
+    )
     from kvpersist_drivers.redis._errors import of_reply
     from kvpersist_drivers.redis._options import Place, RedisOptions, place_of
     from kvpersist_drivers.redis._plan import MAX_VALUE_BYTES, Names, Plan, names_of, space_of
@@ -131,14 +141,7 @@ class RedisDriver:
             raise closed()
         if not keys:
             return []
-        base = self._base
-        names = [
-            f"{base}:{{.{key[:at]}}}{key[at:]}" if (at := key.find(":")) >= 0 else f"{base}:{{.}}{key}" for key in keys
-        ]
-        if self._servers.sharded:
-            stored = await self._gathered(keys, names)
-        else:
-            stored = await self._ask(0, "MGET", *names)
+        stored = await self._stored(keys)
         return [None if data is None else unpacked_entry(key, data) for key, data in zip(keys, stored, strict=True)]
 
     async def commit(self, batches: Sequence[Batch]) -> list[Committed | KvError]:
@@ -242,6 +245,13 @@ class RedisDriver:
             async for keys in found:
                 yield keys
 
+    async def _stored(self, keys: Sequence[str]) -> list[bytes | None]:
+        base = self._base
+        names = [
+            f"{base}:{{.{key[:at]}}}{key[at:]}" if (at := key.find(":")) >= 0 else f"{base}:{{.}}{key}" for key in keys
+        ]
+        return await (self._gathered(keys, names) if self._servers.sharded else self._ask(0, "MGET", *names))
+
     async def _gathered(self, keys: Sequence[str], names: list[str]) -> list[bytes | None]:
         """What is stored under ``names``, one MGET for each slot."""
         try:
@@ -325,8 +335,8 @@ class RedisDriver:
         """Add the targets, which are in other namespaces, with one more call."""
         keys = [deref + entry.value.decode("utf-8", "replace") for entry in entries]
         return [
-            Entry(entry.key, entry.value, entry.version, entry.expires_at, target)
-            for entry, target in zip(entries, await self.get(keys), strict=True)
+            _pointing(entry, key, data)
+            for entry, key, data in zip(entries, keys, await self._stored(keys) if keys else [], strict=True)
         ]
 
     async def _probe(self, info: dict[str, str]) -> None:
@@ -337,7 +347,8 @@ class RedisDriver:
             raise Unsupported(f"Redis {version} ({self._servers.where})", "it needs 6.2 or later")
         valkey = info.get("valkey_version")
         server = f"Valkey {valkey}" if valkey else f"Redis {version}".strip()
-        kind = {Cluster: " Cluster", Sentinels: " with Sentinel"}.get(type(self._servers), "")
+        kind = " Cluster" if isinstance(self._servers, Cluster) else ""
+        kind = " with Sentinel" if isinstance(self._servers, Sentinels) else kind
         self.capabilities = structs.replace(self.capabilities, server=server + kind)
         try:
             await self._run(PERMIT, [f"{self._base}:?"], [])
@@ -400,7 +411,7 @@ async def _servers(place: Place) -> tuple[Servers, dict[str, str]]:
     if place.sentinel:
         servers = Sentinels(place.sentinel, place.addresses, place.open_sentinel, place.open, place.limits)
         return servers, await _told(servers)
-    why: list[str] = []
+    failed: list[Unavailable] = []
     for address in place.addresses or [None]:
         pool = place.open(address) if place.pool is None else place.pool
         path = pool.connection_kwargs.get("path")
@@ -408,7 +419,7 @@ async def _servers(place: Place) -> tuple[Servers, dict[str, str]]:
         try:
             info = await _told(single)
         except Unavailable as error:  # its neighbours may be there
-            why.append(str(error))
+            failed.append(error)
             continue
         mode = info.get("redis_mode", "standalone")
         if mode == "standalone" and len(place.addresses) < 2:
@@ -417,9 +428,13 @@ async def _servers(place: Place) -> tuple[Servers, dict[str, str]]:
         if mode == "sentinel":
             raise BadOption("sentinel", f"{single.where} is one: name the master too, ?kv.sentinel=NAME")
         if mode != "cluster" and info:
-            raise BadOption("url", f"{single.where} is no part of a cluster: name one server, or sentinels and kv.sentinel")
+            raise BadOption(
+                "url", f"{single.where} is no part of a cluster: name one server, or sentinels and kv.sentinel"
+            )
         return Cluster([address, *place.addresses] if address else [], place.open, place.limits), info
-    raise Unavailable("; ".join(why))
+    if len(failed) == 1:
+        raise failed[0]
+    raise Unavailable("; ".join(str(error) for error in failed))
 
 
 async def _told(servers: Servers) -> dict[str, str]:
@@ -432,8 +447,8 @@ async def _told(servers: Servers) -> dict[str, str]:
     except BaseException:
         await servers.close()
         raise
-    text = "" if isinstance(told, KvError) else told.decode("utf-8", "replace")
-    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    text: str = "" if isinstance(told, KvError) else told.decode("utf-8", "replace")
+    return {name: value for name, _, value in (line.partition(":") for line in text.splitlines())}
 
 
 def _unknown(error: KvError) -> KvError:
@@ -465,16 +480,21 @@ def _entries(space: str, page: list[bytes], deref: str | None, keys_only: bool) 
     """The entries of a page: member, what is stored, and with ``deref`` what is stored at the target."""
     if deref is None:
         items = iter(page)
-        return [_listed(space + member.decode(), stored, keys_only) for member, stored in zip(items, items, strict=True)]
+        return [
+            _listed(space + member.decode(), stored, keys_only) for member, stored in zip(items, items, strict=True)
+        ]
     entries: list[Entry] = []
     for at in range(0, len(page), 3):
         member, stored, target = page[at : at + 3]
         entry = _listed(space + member.decode(), stored)
-        found = None
-        if target is not None and entry.version is not _NO_VERSION:  # pyright: ignore[reportUnnecessaryComparison]
-            found = _listed(deref + entry.value.decode("utf-8", "replace"), target)
-        entries.append(Entry(entry.key, entry.value, entry.version, entry.expires_at, found))
+        entries.append(_pointing(entry, deref + entry.value.decode("utf-8", "replace"), target))
     return entries
+
+
+def _pointing(entry: Entry, key: str, target: bytes | None) -> Entry:
+    """``entry`` with what is stored at ``key``; a damaged one points at nothing."""
+    found = None if target is None or entry.version is _NO_VERSION else _listed(key, target)
+    return Entry(entry.key, entry.value, entry.version, entry.expires_at, found)
 
 
 def _listed(key: str, stored: bytes, keys_only: bool = False) -> Entry:

@@ -29,6 +29,7 @@ __all__ = ["COMMIT", "PERMIT", "SCAN", "SWEEP", "TELL", "Connections", "Limits",
 Word: TypeAlias = str | bytes | int
 
 _packed: Final[Callable[[tuple[Word, ...]], bytes]] = cast(Any, hiredis).pack_command  # no whole types
+_GREETING_SECONDS: Final = 0.2  # in which a server that is full says so
 _CLOSE_SECONDS: Final = 2.0  # that calls under way have when the driver is closed
 
 
@@ -160,7 +161,8 @@ class Connections:
         """Return a new connection, beyond the limit, for whoever listens; `hang_up` ends it."""
         if self._closed:
             raise closed()
-        connection = self.pool.connection_class(**{**self.pool.connection_kwargs, "protocol": 2})
+        settings: dict[str, Any] = {**self.pool.connection_kwargs, "protocol": 2}
+        connection = cast(Any, self.pool.connection_class)(**settings)
         await self._connect(connection)
         self._listening.add(connection)
         return connection
@@ -212,6 +214,30 @@ class Connections:
 
     async def _ready(self) -> AbstractConnection:
         """Return a connected connection with nothing to be read in it."""
+        try:
+            return await self._taken()
+        except Unavailable as error:
+            if type(error) is Unavailable and await self._turns_away():
+                raise TooManyClients(f"{self.where}: it has as many clients as its maxclients allows") from error
+            raise
+
+    async def _turns_away(self) -> bool:
+        """Whether the server tells who connects that it is full; a client that writes first may not hear it."""
+        place = self.pool.connection_kwargs
+        try:
+            async with asyncio.timeout(_GREETING_SECONDS):
+                if "path" in place:
+                    reader, writer = await asyncio.open_unix_connection(place["path"])
+                else:
+                    reader, writer = await asyncio.open_connection(place["host"], place["port"])
+                try:
+                    return b"max number of clients" in await reader.read(1 << 10)
+                finally:
+                    writer.close()
+        except (OSError, KeyError):
+            return False
+
+    async def _taken(self) -> AbstractConnection:
         if not self._idle:
             return await self._made()
         connection, _ = self._idle.pop()

@@ -51,8 +51,10 @@ def of_reply(text: str, where: str, code: str | None = None) -> KvError:
     """The error of ours for an error of the server; each of these means that nothing was changed."""
     if code is None:
         found = _CODE.search(text)
-        code = "NOPERM" if _IN_SCRIPT in text else found[1] if found else "ERR"
-    message = f"{where}: {text if code in text else f'{code} {text}'}"
+        code = "NOPERM" if _IN_SCRIPT in text else str(found[1]) if found else "ERR"
+    elif code not in text:
+        text = f"{code} {text}"
+    message = f"{where}: {text}"
     if code in _LATER or code in _MOVING:
         return Unavailable(f"{message}; nothing was changed")
     if code == "READONLY" or code == "NOPERM":

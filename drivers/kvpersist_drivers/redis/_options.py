@@ -25,7 +25,9 @@ __all__ = ["Place", "RedisOptions", "place_of"]
 _PORT: Final = 6379
 _SENTINEL_PORT: Final = 26379
 _OTHERS: Final = {"connection_pool", "response_callbacks", "max_connections", "connection_class", "redis_connect_func"}
-_THEIRS: Final = re.compile("maint_|orig_|oss_cluster_")  # what redis-py keeps of a client among its connections' arguments
+_THEIRS: Final = re.compile(
+    "maint_|orig_|oss_cluster_"
+)  # what redis-py keeps of a client among its connections' arguments
 
 
 class RedisOptions(PoolOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -116,7 +118,7 @@ class _TlsConnection(SSLConnection):
     """With a context that was handed in."""
 
     def __init__(self, *, context: Any, **settings: Any) -> None:
-        super().__init__(**settings)
+        super().__init__(**settings)  # pyright: ignore[reportUnknownMemberType]
         self.ssl_context.context = context
 
 
@@ -197,36 +199,38 @@ def _for_sentinels(settings: Mapping[str, Any], options: RedisOptions) -> dict[s
     return kept | {name: value for name, value in given.items() if value}
 
 
-def _of_client(client: Any, options: RedisOptions) -> Place:
+def _of_client(given: Any, options: RedisOptions) -> Place:
     if options.sentinel:
         raise BadOption("sentinel", "hand in what Sentinel(...).master_for(NAME) returns, and leave it out")
-    if isinstance(client, RedisCluster):
-        nodes = client.nodes_manager.startup_nodes.values()
+    client = given  # seen without its types, which are not whole
+    if isinstance(given, RedisCluster):
         settings = client.connection_kwargs
         kind = settings.get("connection_class", Connection)
-        return Place([Address(node.host, int(node.port)) for node in nodes], _own(settings), kind, options.limits)
-    if not isinstance(client, Redis):
-        raise BadOption("client", f"a Redis or RedisCluster of redis.asyncio, not {type(client).__name__}")
+        nodes = [Address(node.host, int(node.port)) for node in client.nodes_manager.startup_nodes.values()]
+        return Place(nodes, _own(settings), kind, options.limits)
+    if not isinstance(given, Redis):
+        raise BadOption("client", f"a Redis or RedisCluster of redis.asyncio, not {type(given).__name__}")
     pool = client.connection_pool
-    given = pool.connection_kwargs
-    addresses = [] if "path" in given else [Address(given.get("host", "localhost"), int(given.get("port", _PORT)))]
+    settings = pool.connection_kwargs
     if not isinstance(pool, SentinelConnectionPool):
-        return Place(addresses, _own(given), pool.connection_class, options.limits, pool)
-    if not pool.is_master:
+        addresses = [] if "path" in settings else [_place(pool)]
+        return Place(addresses, _own(settings), pool.connection_class, options.limits, pool)
+    if not client.connection_pool.is_master:
         raise BadOption("client", "it reads from replicas, which may be behind: hand in what master_for(NAME) returns")
-    sentinels = [one.connection_pool for one in pool.sentinel_manager.sentinels]
-    addresses = [Address(one.connection_kwargs["host"], int(one.connection_kwargs["port"])) for one in sentinels]
-    kind = SSLConnection if issubclass(pool.connection_class, SSLConnection) else Connection
-    first = sentinels[0]
+    sentinels = [sentinel.connection_pool for sentinel in client.connection_pool.sentinel_manager.sentinels]
     return Place(
-        addresses,
-        _own(given),
-        kind,
+        [_place(sentinel) for sentinel in sentinels],
+        _own(settings),
+        SSLConnection if issubclass(client.connection_pool.connection_class, SSLConnection) else Connection,
         options.limits,
-        sentinel=pool.service_name,
-        sentinel_settings=_own(first.connection_kwargs),
-        sentinel_class=first.connection_class,
+        sentinel=client.connection_pool.service_name,
+        sentinel_settings=_own(sentinels[0].connection_kwargs),
+        sentinel_class=sentinels[0].connection_class,
     )
+
+
+def _place(pool: Any) -> Address:
+    return Address(pool.connection_kwargs.get("host", "localhost"), int(pool.connection_kwargs.get("port", _PORT)))
 
 
 def _own(settings: Mapping[str, Any]) -> dict[str, Any]:

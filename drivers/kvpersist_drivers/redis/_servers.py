@@ -146,13 +146,16 @@ class _Moving(Servers):
                     answers[at] = Unavailable(f"{self.where}: no server has slot {requests[at].slot}")
                 else:
                     groups.setdefault((server, other is not None), []).append(at)
-            tries = [_tried(node, [requests[at] for at in group], writes, asking) for (node, asking), group in groups.items()]
+            tries = [
+                _tried(node, [requests[at] for at in group], writes, asking) for (node, asking), group in groups.items()
+            ]
             try:
                 outcomes = [await tries[0]] if len(tries) == 1 else await asyncio.gather(*tries)
             except BaseException:
                 self._doubted = True  # cancelled: a server may be hanging
                 raise
-            left, lost = {}, {}
+            left = {}
+            lost: dict[int, Connections] = {}
             for ((node, _), group), outcome in zip(groups.items(), outcomes, strict=True):
                 for at, answer in zip(group, outcome, strict=True):
                     answers[at] = answer
@@ -220,7 +223,8 @@ class _Moving(Servers):
         return self._nodes[address]
 
     def _told(self, error: AskError, by: Connections) -> Connections:
-        return self._node(Address(error.host or _host(by), error.port))
+        host, port = cast("tuple[str, int]", error.node_addr)
+        return self._node(Address(host or _host(by), port))
 
     def _keep(self, addresses: Iterable[Address]) -> None:
         """Close the connections to every other server."""

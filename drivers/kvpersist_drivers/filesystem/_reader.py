@@ -12,6 +12,7 @@ from typing import Final, TypeVar
 
 from kvpersist.driver import Clock, Entry
 from kvpersist.errors import BadKey, Busy, CorruptRecord, KvError
+from kvpersist_drivers.filesystem._at import Held
 from kvpersist_drivers.filesystem._errors import translated
 from kvpersist_drivers.filesystem._header import HEADER_BYTES, unpack
 from kvpersist_drivers.filesystem._journal import Journal
@@ -77,6 +78,10 @@ class Reader:
     def get(self, wanted: Sequence[str]) -> list[Entry | None]:
         """As the driver's."""
         return self._whole("get", lambda: [self._tree.entry(key, self.clock()) for key in wanted])
+
+    def open(self, key: str) -> tuple[Entry, Held, int] | None:
+        """Return the entry without its value, its open file, and where in that the value begins."""
+        return self._whole("read_stream", lambda: self._tree.open(key, self.clock()))
 
     def scan(
         self, start: str | None, end: str | None, limit: int, reverse: bool, keys_only: bool, deref: str | None

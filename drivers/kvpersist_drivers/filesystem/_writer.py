@@ -15,6 +15,7 @@ from kvpersist_drivers.filesystem._header import pack
 from kvpersist_drivers.filesystem._journal import Head, Journal, Step
 from kvpersist_drivers.filesystem._lock import FileLock
 from kvpersist_drivers.filesystem._names import place
+from kvpersist_drivers.filesystem._stream import PREFIX, remove_abandoned
 from kvpersist_drivers.filesystem._tree import OWN, STAGE, Tree
 
 __all__ = ["Writer"]
@@ -44,12 +45,40 @@ class Writer:
             return
         with self.locked():
             for name in self.tree.names(STAGE):
-                self._unstage(name)
+                if name.startswith(PREFIX):
+                    folder = self.tree.folder(STAGE)
+                    if folder is not None:
+                        remove_abandoned(folder, name)
+                else:
+                    self.unstage(name)
 
     def commit(self, batches: Sequence[Batch]) -> list[_Answer]:
         """As the driver's."""
         with self._translated("commit"), self.locked():
             return self._apply(batches)
+
+    def place_stream(self, staged: str, put: Put, version: bytes) -> _Answer:
+        """Give the staged file, which is on the disk, its place, as `commit` of ``put`` would, whose value it is."""
+        batch = Batch((put,), version)
+        with self._translated("write_stream"), self.locked():
+            now = self.clock()
+            if put.expect is not None:
+                found = self.tree.version(put.key, now) or ABSENT
+                if found != put.expect:
+                    return Conflict(put.key, put.expect, found)
+            folder, name, _ = place(put.key)
+            if put.expires_at is not None:
+                self._mark_expiring()
+            expired = put.expires_at is not None and put.expires_at <= now
+            self._settled()
+            self.journal.carry_out(Step("" if expired else staged, folder, name))
+            self._dirty.add(folder)
+            self.removed |= expired
+            try:
+                self._synced()
+            except OSError as error:  # it can be seen, and a loss of power could take it
+                return self._unknown(batch, error)
+        return Committed(version)
 
     def sweep(self, keys: Sequence[str]) -> int:
         """Remove those of ``keys`` that have expired; return how many."""
@@ -150,7 +179,7 @@ class Writer:
         for op in batch.ops:
             folder, name, hashed = place(op.key)
             if isinstance(op, Put) and (op.expires_at is None or op.expires_at > now):
-                if op.expires_at is not None and not self._expiring:
+                if op.expires_at is not None:
                     self._mark_expiring()
                 effects.append((folder, name, pack(op.key, batch.version, op.expires_at, hashed), op.value))
             elif not isinstance(op, Check):
@@ -169,7 +198,7 @@ class Writer:
                 source = _LONE
             self.journal.carry_out(Step(source, folder, name))
         except BaseException:  # cancelled too: what was staged is taken away
-            self._unstage(_LONE)
+            self.unstage(_LONE)
             raise
         self._dirty.add(folder)
 
@@ -197,7 +226,7 @@ class Writer:
         except OSError as error:
             if not begun or (not done and self._withdrawn(number)):
                 for step in steps:
-                    self._unstage(step.source)
+                    self.unstage(step.source)
                 return translated(error, "commit", self._root)
             return self._forward(batch, number)
         with suppress(OSError):  # it is done; who comes next finds every step done
@@ -246,7 +275,8 @@ class Writer:
         finally:
             os.close(descriptor)
 
-    def _unstage(self, name: str) -> None:
+    def unstage(self, name: str) -> None:
+        """Remove a staged file, if it is there."""
         with suppress(OSError):  # it is overwritten, or removed by the next who opens
             stage = self.tree.folder(STAGE)
             if name and stage is not None:
@@ -263,6 +293,8 @@ class Writer:
         self.journal.sync(dirty)
 
     def _mark_expiring(self) -> None:
+        if self._expiring:
+            return
         own = self.tree.folder(OWN)
         assert own is not None
         os.close(_at.open_file(own, "expiring", os.O_WRONLY | os.O_CREAT))

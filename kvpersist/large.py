@@ -79,7 +79,9 @@ class _Level(Protocol):
 
     async def _commit(self, ops: Sequence[Op]) -> bytes: ...
     async def _entries(self, keys: Sequence[str]) -> list[Entry | None]: ...
-    async def _scan(self, start: str | None, end: str | None, *, limit: int, keys_only: bool = False) -> list[Entry]: ...
+    async def _scan(
+        self, start: str | None, end: str | None, *, limit: int, keys_only: bool = False
+    ) -> list[Entry]: ...
     async def _keeps_large(self, partition: str) -> None: ...
 
 
@@ -126,7 +128,7 @@ class LargeReader:
         return piece
 
     async def read(self, size: int = -1) -> bytes:
-        """Return the next ``size`` bytes, fewer only at the end; -1: all that are left, in memory. Raises as iteration."""
+        """Return the next ``size`` bytes, fewer only at the end; -1: all that are left. Raises as iteration does."""
         while size < 0 or len(self._left) < size:
             try:
                 self._left += await anext(self._pieces)
@@ -325,7 +327,7 @@ class LargeValues:
                         await self._sweep(prefix, prefix, None, changed)
 
     async def sweep(self, *, all_: bool) -> None:
-        """Remove what no manifest names and no writer is at work on; unless ``all_``, some of it, and more next time."""
+        """Remove what no manifest names and no writer is at work on; unless ``all_``, a part, and the next later."""
         left = None if all_ else _TURN
         begin, start = ("", "") if all_ else self._cursor
         self._cursor = ("", "")
@@ -369,7 +371,9 @@ class LargeValues:
                 if owner.state != "writing" or owner.until <= now:
                     over.append((entry, owner))
         there = list({owner.key for _, owner in over})
-        found = dict(zip(there, await self.level._entries(there), strict=True))  # after the owners: what is gone stays so
+        found = dict(
+            zip(there, await self.level._entries(there), strict=True)
+        )  # after the owners: what is gone stays so
         for entry, owner in over:
             id_ = entry.key.rpartition("!")[2]
             if owner.state != "doomed":

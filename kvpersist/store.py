@@ -481,9 +481,7 @@ class Store(BytesLevel):
             else:
                 low = (keys.prefix_end(skipped) if skipped else None) or last + "\0"
 
-    def _around_pieces(
-        self, low: str | None, high: str | None, reverse: bool
-    ) -> list[tuple[str | None, str | None]]:
+    def _around_pieces(self, low: str | None, high: str | None, reverse: bool) -> list[tuple[str | None, str | None]]:
         """The parts of ``[low, high)`` that hold no pieces of large values, in the order of a scan."""
         parts: list[tuple[str | None, str | None]] = []
         for begin in sorted(map(area, self._large)):

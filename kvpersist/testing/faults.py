@@ -245,9 +245,7 @@ class FaultyDriver:
         number = await self._before("commit", (key,))
         try:
             step = await self._before("step", (key,))
-            outcome = await self.inner.write_stream(
-                key, pieces, version=version, expect=expect, expires_at=expires_at
-            )
+            outcome = await self.inner.write_stream(key, pieces, version=version, expect=expect, expires_at=expires_at)
             outcome = await self._after("step", step, (key,), outcome)
         except (Unavailable, CommitUnknown) as error:
             outcome = error

@@ -107,7 +107,7 @@ async def test_what_was_written_in_parts_is_read_in_parts(store: Store, size: in
     assert (value.size, value.version, out.size) == (size, out.version, size)
     info = await store.info("app:film")
     assert info is not None and info.version == out.version
-    assert [key async for key in store.keys()] == ["app:film"]
+    assert [key async for key in store.keys("")] == ["app:film"]
 
 
 async def test_a_value_of_one_piece_is_an_ordinary_one(store: Store) -> None:
@@ -516,14 +516,14 @@ async def test_a_death_at_any_step_leaves_the_old_value_or_the_new_and_the_sweep
             clock.advance(LEASE + 1)
             await store.sweep()
             assert await value_of(store, "app:film") == found
-            assert not driver.crashed or found is None or len(found) in (len(data), len(before))
+            assert driver.crashed or found == data
             await store.delete("app:film")
             await store.sweep()
             assert await stored(inner) == []
         await inner.close()
         if not driver.crashed:
             break
-    assert deaths == nth - 1 > (4 if kind == "files" else 5)
+    assert deaths == nth - 1 > (3 if kind == "files" else 5)
 
 
 @pytest.mark.parametrize("kind", ["memory", "ordered", "files"])
@@ -751,7 +751,7 @@ async def test_a_damaged_piece_is_told_and_never_given(chunked: Store, change: A
         async with chunked.open_read("app:film") as value:
             assert value is not None
             async for part in value:
-                parts.append(part)
+                parts.append(part)  # noqa: PERF401  # those before the error count
     assert caught.value.key == "app:film" and names[5] in str(caught.value)
     assert b"".join(parts) == data[: 5 * PIECE]
 

@@ -22,8 +22,8 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
 
@@ -186,12 +186,12 @@ class FilesystemDriver:
     async def read_stream(self, key: str) -> tuple[Entry, AsyncIterator[bytes]] | None:
         """As the protocol says. What was opened stays readable when the key is written or deleted."""
         with needs_extra("files", module="aiofiles"):
-            import aiofiles  # noqa: F401  # before anything is opened
+            import aiofiles
         found = await self._reading(partial(self._reader.open, key))
         if found is None:
             return None
         entry, held, start = found
-        return entry, self._read_on(held, start)
+        return entry, self._read_on(held, start, aiofiles.open)
 
     async def write_stream(
         self,
@@ -213,22 +213,22 @@ class FilesystemDriver:
         streams = self._streams
         held = await streams.run(partial(self._staged, header), settle=True)
         try:
-            try:
-                async with aiofiles.open(held.descriptor, "wb", closefd=False, executor=streams.executor) as file:
-                    synced = size = 0
-                    async for piece in pieces:
-                        await file.write(piece)
-                        size += len(piece)
-                        if self._sync and size - synced >= _SYNCED:
-                            synced = size
-                            await file.flush()
-                            await streams.run(partial(os.fsync, held.descriptor), settle=False)
+            with self._streaming("write_stream"):
+                file = await aiofiles.open(held.descriptor, "wb", 0, closefd=False, executor=streams.executor)
+            unsynced = 0
+            async for piece in pieces:
+                with self._streaming("write_stream"), memoryview(piece) as left:
+                    while left:
+                        left = left[await file.write(left) :]
+                    unsynced += len(piece)
+                    if self._sync and unsynced >= _SYNCED:
+                        unsynced = 0
+                        await streams.run(partial(os.fsync, held.descriptor), settle=False)
+            with self._streaming("write_stream"):
                 if self._sync:
                     await streams.run(partial(os.fsync, held.descriptor), settle=False)
-            except (OSError, RuntimeError) as error:
-                raise self._stream_failed(error, "write_stream") from error
-            put = Put(key, b"", expect, expires_at)
-            return await self._writes.run(partial(self._writer.place_stream, held.name, put, version), settle=True)
+                placed = partial(self._writer.place_stream, held.name, Put(key, b"", expect, expires_at), version)
+                return await self._writes.run(placed, settle=True)
         finally:
             self._later(partial(self._unstaged, held))
 
@@ -257,28 +257,35 @@ class FilesystemDriver:
         await self._reads.close(self._reader.close)
         self._inline.close()
 
-    async def _read_on(self, held: Held, start: int) -> AsyncIterator[bytes]:
-        import aiofiles
-
+    async def _read_on(self, held: Held, start: int, opens: Callable[..., Any]) -> AsyncIterator[bytes]:
         if self._refusal is not None:
             raise self._refusal(_CLOSED)
         executor = self._streams.executor
         try:
-            async with aiofiles.open(held.descriptor, "rb", buffering=0, closefd=False, executor=executor) as file:
+            with self._streaming("read_stream"):
+                file = await opens(held.descriptor, "rb", 0, closefd=False, executor=executor)
                 await file.seek(start)
-                while piece := await file.read(_STREAMED):
-                    yield piece
-        except (OSError, RuntimeError) as error:
-            raise self._stream_failed(error, "read_stream") from error
+            while True:
+                with self._streaming("read_stream"):
+                    piece = await file.read(_STREAMED)
+                if not piece:
+                    return
+                yield piece
         finally:
             self._later(held.close)
 
-    def _stream_failed(self, error: OSError | RuntimeError, operation: str) -> BaseException:
-        if isinstance(error, KvError):
-            return error
-        if isinstance(error, OSError):
-            return translated(error, operation, self.root, reading=operation == "read_stream")
-        return error if self._refusal is None else self._refusal(_CLOSED)  # its thread has ended
+    @contextmanager
+    def _streaming(self, operation: str) -> Iterator[None]:
+        try:
+            yield
+        except KvError:  # some are OSErrors themselves
+            raise
+        except OSError as error:
+            raise translated(error, operation, self.root, reading=operation == "read_stream") from error
+        except RuntimeError as error:
+            if self._refusal is None:
+                raise
+            raise self._refusal(_CLOSED) from error  # its thread has ended
 
     def _staged(self, header: bytes) -> Held:
         try:
@@ -305,8 +312,9 @@ class FilesystemDriver:
             call()
 
     def _close_stage(self) -> None:
-        if self._stage is not None:
-            self._stage.close()
+        stage, self._stage = self._stage, None
+        if stage is not None:
+            stage.close()
 
     def _now(self) -> float:
         return self.clock()

@@ -9,7 +9,18 @@ import errno
 import os
 from typing import Final, TypeAlias
 
-__all__ = ["Folder", "Held", "close", "list_names", "make", "open_file", "open_folder", "remove", "remove_folder", "rename"]
+__all__ = [
+    "Folder",
+    "Held",
+    "close",
+    "list_names",
+    "make",
+    "open_file",
+    "open_folder",
+    "remove",
+    "remove_folder",
+    "rename",
+]
 __all__ += ["same_exists", "sync_folder", "write_all"]
 
 Folder: TypeAlias = int | str

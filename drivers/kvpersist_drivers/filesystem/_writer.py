@@ -67,6 +67,9 @@ class Writer:
                 if found != put.expect:
                     return Conflict(put.key, put.expect, found)
             folder, name, _ = place(put.key)
+            stage = self.tree.folder(STAGE)
+            if stage is not None and not _at.same_exists(stage):  # removed, and made anew by the thread of streams
+                self.tree.forget(STAGE)
             if put.expires_at is not None:
                 self._mark_expiring()
             expired = put.expires_at is not None and put.expires_at <= now

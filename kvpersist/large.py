@@ -367,13 +367,12 @@ class LargeValues:
         over: list[tuple[Entry, _Owner]] = []
         for entry in page:
             owner = _owner(entry)
-            if owner is not None and (of is None or owner.key in of):
-                if owner.state != "writing" or owner.until <= now:
-                    over.append((entry, owner))
-        there = list({owner.key for _, owner in over})
-        found = dict(
-            zip(there, await self.level._entries(there), strict=True)
-        )  # after the owners: what is gone stays so
+            if owner is None or (of is not None and owner.key not in of):
+                continue
+            if owner.state != "writing" or owner.until <= now:
+                over.append((entry, owner))
+        there = list({owner.key for _, owner in over})  # read after the owners: what is gone by then stays so
+        found = dict(zip(there, await self.level._entries(there), strict=True))
         for entry, owner in over:
             id_ = entry.key.rpartition("!")[2]
             if owner.state != "doomed":

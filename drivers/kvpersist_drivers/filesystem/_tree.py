@@ -12,10 +12,12 @@ from kvpersist_drivers.filesystem import _at
 from kvpersist_drivers.filesystem._header import HEADER_BYTES, unpack
 from kvpersist_drivers.filesystem._names import place
 
-__all__ = ["OWN", "STAGE", "Tree", "TooLarge"]
+__all__ = ["DAMAGED_VERSION", "OWN", "STAGE", "Tree", "TooLarge"]
 
 OWN: Final = ".kvpersist"  # no key's folder begins with a dot
 STAGE: Final = f"{OWN}/new"  # where files are written before they take their place
+DAMAGED_VERSION: Final = bytes(8)
+"""The version that lists tell of a damaged file."""
 _KEPT_FOLDERS: Final = 48  # descriptors, per tree
 _FIRST_READ: Final = 16 << 10  # bytes
 _NOT_OURS: Final = (errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.EMLINK)

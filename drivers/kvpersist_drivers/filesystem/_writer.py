@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TypeAlias
 
-from kvpersist.driver import ABSENT, Batch, Check, Clock, Committed, Put
+from kvpersist.driver import ABSENT, Batch, Check, Clock, Committed, Expect, Put
 from kvpersist.errors import Busy, CommitUnknown, Conflict, CorruptRecord, KvError, ReadOnly
 from kvpersist_drivers.filesystem import _at
 from kvpersist_drivers.filesystem._errors import translated
@@ -16,7 +16,7 @@ from kvpersist_drivers.filesystem._journal import Head, Journal, Step
 from kvpersist_drivers.filesystem._lock import FileLock
 from kvpersist_drivers.filesystem._names import place
 from kvpersist_drivers.filesystem._stream import PREFIX, remove_abandoned
-from kvpersist_drivers.filesystem._tree import OWN, STAGE, Tree
+from kvpersist_drivers.filesystem._tree import DAMAGED_VERSION, OWN, STAGE, Tree
 
 __all__ = ["Writer"]
 
@@ -63,7 +63,7 @@ class Writer:
         with self._translated("write_stream"), self.locked():
             now = self.clock()
             if put.expect is not None:
-                found = self.tree.version(put.key, now) or ABSENT
+                found = self._found(put.key, put.expect, now)
                 if found != put.expect:
                     return Conflict(put.key, put.expect, found)
             folder, name, _ = place(put.key)
@@ -163,7 +163,7 @@ class Writer:
             now = self.clock()
             for position, op in enumerate(batch.ops):
                 if op.expect is not None:
-                    found = self.tree.version(op.key, now) or ABSENT
+                    found = self._found(op.key, op.expect, now)
                     if found != op.expect:
                         return Conflict(op.key, op.expect, found, position)
             effects = self._effects(batch, now)
@@ -176,6 +176,14 @@ class Writer:
         except KvError as error:
             return error
         return Committed(batch.version)
+
+    def _found(self, key: str, expect: Expect, now: float) -> Expect:
+        try:
+            return self.tree.version(key, now) or ABSENT
+        except CorruptRecord:
+            if expect != DAMAGED_VERSION:  # what a list told of it: it is to be replaced, or removed
+                raise
+            return expect
 
     def _effects(self, batch: Batch, now: float) -> list[_Effect]:
         effects: list[_Effect] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal, Self, cast
 
 import msgspec
@@ -89,6 +89,7 @@ class _Format(msgspec.Struct, kw_only=True):
     keys: int = KEYS
     cipher: str | None = None
     namespaces: list[str] = []
+    large: list[str] = []  # partitions in which a large value was ever written
     library: str = ""
 
 
@@ -115,6 +116,7 @@ class BytesLevel:
         self.timeout = timeout  # seconds, per call; None: never
         self._lanes = Batched(driver, timeout=timeout)
         self._owned: frozenset[str] = frozenset(("kvpersist",))
+        self._large: frozenset[str] = frozenset()
         self._owns_driver = owns_driver
         self._closed = False
         self._closing: asyncio.Task[None] | None = None
@@ -124,6 +126,9 @@ class BytesLevel:
 
     async def sweep(self) -> int:
         """Remove expired entries now, where the backend does not do it itself; return how many."""
+        return await self._compact()
+
+    async def _compact(self) -> int:
         removed = 0
         while isinstance(self.driver, Compacts):
             self._check()
@@ -213,19 +218,33 @@ class BytesLevel:
 
     async def _own(self, namespace: str) -> None:
         """Note in the format record that a repository owns ``namespace``."""
-        while namespace not in self._owned:
+        try:
+            await self._note("namespaces", namespace, lambda: namespace in self._owned)
+        except (ReadOnly, Unsupported):  # a read-only store has no plain writes to guard against
+            self._owned |= {namespace}
+
+    async def _keeps_large(self, partition: str) -> None:
+        """Note in the format record that large values are written into ``partition``."""
+        await self._note("large", partition, lambda: partition in self._large)
+
+    async def _note(self, field: str, name: str, known: Callable[[], bool]) -> None:
+        while not known():
             [entry] = await self._entries([_FORMAT_KEY])
             found = self._adopted(entry)
-            if namespace in self._owned:
+            if known():
                 return
-            found["namespaces"] = sorted({*found["namespaces"], namespace})
+            found[field] = sorted({*found.get(field, ()), name})
             try:
                 await self._commit((self._format_put(found, entry),))
             except Conflict:
                 continue
-            except (ReadOnly, Unsupported):
-                pass  # a read-only store has no plain writes to guard against
-            self._owned |= {namespace}
+            self._owned |= set(found["namespaces"])
+            self._large |= set(found.get("large", ()))
+
+    async def _refresh(self) -> None:
+        """Learn what other processes have noted in the format record."""
+        [entry] = await self._entries([_FORMAT_KEY])
+        self._adopted(entry)
 
     async def _adopt(self) -> None:
         """Read the format record, or write the first one; the loser of a race re-reads."""
@@ -257,6 +276,7 @@ class BytesLevel:
         if found.cipher is not None:
             raise FormatMismatch(self.where, f"values encrypted with {found.cipher}", "plain values")
         self._owned |= set(found.namespaces)
+        self._large |= set(found.large)
         return stored
 
     def _format_put(self, record: dict[str, Any], seen: Entry | None) -> Put:
@@ -273,11 +293,14 @@ class BytesLevel:
             await asyncio.sleep(interval)
             try:
                 if self.capabilities.ttl == "swept":
-                    await self.sweep()
-                [entry] = await self._entries([_FORMAT_KEY])
-                self._adopted(entry)  # which namespaces other processes have come to own
+                    await self._compact()
+                await self._refresh()
+                await self._tend()
             except KvError:  # tried again at the next turn; expired entries are hidden either way
                 continue
+
+    async def _tend(self) -> None:
+        """Do what a store above this level does from time to time."""
 
     def _check(self) -> None:
         if self._closed or self._forks != _forks or _running() is not self._loop:

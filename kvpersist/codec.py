@@ -4,7 +4,8 @@ A framed value is, for MessagePack and raw bytes::
 
     format byte | schema version, varint | CRC32, 4 bytes big-endian | payload
 
-and for JSON, so that a file of it reads well, one ASCII line before indented text::
+(a large value has the same frame around its `Manifest`, and around each of its pieces), and for JSON,
+so that a file of it reads well, one ASCII line before indented text::
 
     kv1 json <schema version> <CRC32, 8 hex digits>
     {...}
@@ -42,21 +43,24 @@ from kvpersist._freeform import (
     packed_free,
     untag,
 )
-from kvpersist.errors import BadOption, CorruptRecord, FormatMismatch, Unencodable
+from kvpersist.errors import BadOption, CorruptRecord, FormatMismatch, LargeValue, Unencodable
 
 __all__ = [
     "DEPTH_LIMIT",
     "JSON",
+    "LARGE",
     "MSGPACK",
     "RAW",
     "SCHEMA_LIMIT",
     "CodecName",
     "Framed",
+    "Manifest",
     "RecordCodec",
     "Upcaster",
     "decode_plain",
     "encode_plain",
     "frame",
+    "manifest_of",
     "unframe",
 ]
 
@@ -67,6 +71,7 @@ Upcaster: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
 
 RAW: Final = 0x01
 MSGPACK: Final = 0x02
+LARGE: Final = 0x03  # the payload is a Manifest, in JSON
 JSON: Final = 0x6B  # the "k" of "kv1 json"
 SCHEMA_LIMIT: Final = (1 << 24) - 1  # greatest schema version
 
@@ -81,11 +86,31 @@ _REFUSALS: Final = (ValueError, TypeError, OverflowError, RecursionError)
 
 
 class Framed(msgspec.Struct, frozen=True, gc=False):
-    """A frame taken apart: ``codec`` is RAW, MSGPACK or JSON."""
+    """A frame taken apart: ``codec`` is RAW, MSGPACK, JSON or LARGE."""
 
     codec: int
     schema: int
     payload: bytes
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What is stored at the key of a large value, whose pieces are elsewhere.
+
+    Attributes:
+        id: names the pieces; another for each time that a value is written.
+        size: bytes of the whole. crc: CRC32 of the whole.
+        piece: bytes of every piece but the last, which may be shorter.
+        streamed: the pieces are one value of the driver's `Streams`, one after the other.
+    """
+
+    id: str
+    size: int
+    crc: int
+    piece: int
+    streamed: bool
+
+
+_MANIFEST: Final = msgspec.json.Decoder(Manifest).decode
 
 
 def frame(key: str, payload: bytes, codec: int, schema: int) -> bytes:
@@ -93,7 +118,7 @@ def frame(key: str, payload: bytes, codec: int, schema: int) -> bytes:
 
     Args:
         key: one that `kvpersist.keys.check_key` lets pass.
-        codec: RAW, MSGPACK or JSON.
+        codec: RAW, MSGPACK, JSON or LARGE.
         schema: schema version, ``0 <= schema <= SCHEMA_LIMIT``.
     """
     crc = _crc(key, payload, codec, schema)
@@ -114,7 +139,7 @@ def unframe(key: str, data: bytes) -> Framed:
         if line is None:
             raise CorruptRecord(key, "its first line is not that of a JSON value")
         schema, crc, payload = int(line[1]), int(line[2], 16), data[line.end() :]
-    elif codec in (RAW, MSGPACK):
+    elif codec in (RAW, MSGPACK, LARGE):
         schema, start = _varint(key, data)
         crc, payload = int.from_bytes(data[start : start + 4], "big"), data[start + 4 :]
         if len(data) < start + 4:
@@ -148,9 +173,24 @@ def decode_plain(key: str, data: bytes) -> Any:
 
     Raises:
         CorruptRecord: not what was written under ``key``.
+        LargeValue: it is written and read in pieces.
     """
     framed = unframe(key, data)
+    if framed.codec == LARGE:
+        raise LargeValue(key, manifest_of(key, framed).size)
     return framed.payload if framed.codec == RAW else _plain(key, framed)
+
+
+def manifest_of(key: str, framed: Framed) -> Manifest:
+    """Return the manifest of a large value.
+
+    Raises:
+        CorruptRecord: it is none.
+    """
+    try:
+        return _MANIFEST(framed.payload)
+    except msgspec.DecodeError as error:
+        raise CorruptRecord(key, str(error)) from error
 
 
 class RecordCodec(Generic[R]):
@@ -306,7 +346,7 @@ class RecordCodec(Generic[R]):
             raise CorruptRecord(key, f"after the upcasters from version {framed.schema}: {error}") from error
 
     def _format_of(self, key: str, framed: Framed) -> _Packed | _Text:
-        if framed.codec == RAW:
+        if framed.codec in (RAW, LARGE):
             raise CorruptRecord(key, "raw bytes, not a record")
         return self._formats[framed.codec]
 
@@ -436,7 +476,7 @@ def _plain(key: str, framed: Framed) -> Any:
 
 
 def _plain_dict(key: str, framed: Framed) -> dict[str, Any]:
-    value = None if framed.codec == RAW else _plain(key, framed)
+    value = None if framed.codec in (RAW, LARGE) else _plain(key, framed)
     if type(value) is not dict:
         raise CorruptRecord(key, "not a record")
     return cast("dict[str, Any]", value)

@@ -10,6 +10,8 @@
     |-- Conflict                                 the stored version is not the expected one
     |   `-- UniqueConflict                       another record holds the unique value
     |-- PartlyDone                               some of many independent writes failed
+    |-- ValueReplaced                            a large value was replaced while it was read
+    |-- LargeValue                               a large value is read piece by piece, not whole
     |-- ParentGone             LookupError       the record it belongs to was deleted, or never was
     |-- SchemaChanged                            another writer declared other indexes
     |-- IndexNotReady                            the index is still being built
@@ -48,6 +50,7 @@ __all__ = [
     "IndexNotReady",
     "KeyTooLong",
     "KvError",
+    "LargeValue",
     "MalformedRecord",
     "MissingExtra",
     "NoIndex",
@@ -64,6 +67,7 @@ __all__ = [
     "UniqueConflict",
     "UnknownScheme",
     "Unsupported",
+    "ValueReplaced",
     "ValueTooLarge",
     "WrongLoop",
 ]
@@ -198,6 +202,33 @@ class PartlyDone(KvError):
     def __str__(self) -> str:
         key, error = next(iter(self.failed.items()))
         return f"{self.done} written, {len(self.failed)} not; the first of those, {key!r}: {error}"
+
+
+class ValueReplaced(KvError):
+    """A large value was replaced or removed while it was read; what was read of it is of the old one."""
+
+    code = "KV306"
+    retryable = True
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+    def __str__(self) -> str:
+        return f"the value of {self.key!r} was replaced or removed while it was read: open it again"
+
+
+class LargeValue(KvError):
+    """The value has ``size`` bytes, was written with ``open_write``, and is not given as a whole."""
+
+    code = "KV307"
+
+    def __init__(self, key: str, size: int) -> None:
+        super().__init__(key, size)
+        self.key, self.size = key, size
+
+    def __str__(self) -> str:
+        return f"the value of {self.key!r} has {self.size} bytes: read it piece by piece, with open_read()"
 
 
 class ParentGone(KvError, LookupError):

@@ -23,18 +23,21 @@ from kvpersist.driver import (
     Put,
 )
 from kvpersist.errors import (
+    BadKey,
     BadOption,
     BadRequest,
     CommitUnknown,
     Conflict,
     CorruptRecord,
     KvError,
+    LargeValue,
     PartlyDone,
     ReservedNamespace,
     Unavailable,
     UniqueConflict,
     Unsupported,
 )
+from kvpersist.large import MARK, LargeReader, LargeValues, LargeWriter, area, area_of
 from kvpersist.transaction import Transaction, backoff
 
 __all__ = ["Info", "Opening", "Store", "Versioned", "open_store"]
@@ -116,12 +119,22 @@ class Store(BytesLevel):
     ) -> None:
         super().__init__(driver, codec=codec, timeout=timeout, clock=clock, where=where, owns_driver=owns_driver)
         self._ttl = ttl
+        self._pieces = LargeValues(self)
         self._key_bytes = min(_KEY_BYTES, self.capabilities.max_key_bytes or _KEY_BYTES)
+
+    async def sweep(self) -> int:
+        """Remove expired entries now, where the backend does not do it itself; return how many.
+
+        Pieces of large values whose writer died, or that were replaced, are removed too, and not counted.
+        """
+        removed = await super().sweep()
+        await self._pieces.sweep(all_=True)
+        return removed
 
     # ---- single keys
 
     async def get(self, key: str, default: Any = None) -> Any:
-        """Return the value at ``key``, or ``default``. Raises CorruptRecord, BadKey."""
+        """Return the value at ``key``, or ``default``. Raises CorruptRecord, BadKey, LargeValue."""
         [entry] = await self._entries([self._key(key)])
         return default if entry is None else codec.decode_plain(key, entry.value)
 
@@ -147,19 +160,67 @@ class Store(BytesLevel):
             Unencodable, ValueTooLarge, BadKey, KeyTooLong, ReservedNamespace.
         """
         self._may_write(key, raw)
-        return await self._commit((Put(key, codec.encode_plain(key, value, self.codec), expect, self._expiry(ttl)),))
+        return await self._put(Put(key, codec.encode_plain(key, value, self.codec), expect, self._expiry(ttl)))
 
     async def get_raw(self, key: str) -> bytes | None:
         """Return the bytes that `put_raw` stored, or the encoded payload of another value."""
         [entry] = await self._entries([self._key(key)])
-        return None if entry is None else codec.unframe(key, entry.value).payload
+        if entry is None:
+            return None
+        framed = codec.unframe(key, entry.value)
+        if framed.codec == codec.LARGE:
+            raise LargeValue(key, codec.manifest_of(key, framed).size)
+        return framed.payload
 
     async def put_raw(
         self, key: str, value: bytes, *, expect: Expect | None = None, ttl: float | None = None, raw: bool = False
     ) -> bytes:
         """Store bytes as they are, framed and checksummed; otherwise as `put`."""
         self._may_write(key, raw)
-        return await self._commit((Put(key, codec.frame(key, value, codec.RAW, 0), expect, self._expiry(ttl)),))
+        return await self._put(Put(key, codec.frame(key, value, codec.RAW, 0), expect, self._expiry(ttl)))
+
+    @asynccontextmanager
+    async def open_write(
+        self, key: str, *, expect: Expect | None = None, ttl: float | None = None
+    ) -> AsyncIterator[LargeWriter]:
+        """Store bytes that come in parts, whole when the block ends, or not at all.
+
+        An error inside the block stores nothing. What the key holds stays readable until the end.
+        Memory holds a few parts of 256 KiB. A value of one part is stored as `put_raw` does; a larger
+        one is read with `open_read`. A block that writes nothing for a day loses what it wrote.
+
+        Args:
+            expect, ttl: as of `put`; the time to live begins at the end of the block.
+
+        Raises:
+            Conflict: not as expected; nothing was changed.
+            BadKey, KeyTooLong, ReservedNamespace.
+            MissingExtra: the driver needs a library for streams (files: ``kvpersist[files]``).
+        """
+        self._may_write(key, False)
+        self._expiry(ttl)
+        writer = LargeWriter(self._pieces, key, expect, lambda: self._expiry(ttl))
+        try:
+            yield writer
+            await writer._commit()
+        except BaseException:  # cancelled too: nothing of it may stay
+            await writer._abort()
+            raise
+        await self._pieces.tidy((key,))
+
+    @asynccontextmanager
+    async def open_read(self, key: str) -> AsyncIterator[LargeReader | None]:
+        """Read bytes in parts of at most 256 KiB; None where there is no such key.
+
+        All parts are of one value. What `put_raw` stored can be read so too, and of another value the
+        encoded payload. Parts are checked before they are given out; raises as `LargeReader` tells.
+        """
+        reader = await self._pieces.open(self._key(key))
+        try:
+            yield reader
+        finally:
+            if reader is not None:
+                await reader._close()
 
     async def has(self, key: str) -> bool:
         """Whether there is a live entry; its value is not read."""
@@ -179,7 +240,7 @@ class Store(BytesLevel):
             if entry is None:
                 return False
             try:
-                await self._commit((Put(key, entry.value, self._if_unchanged(entry), self._expiry(ttl)),))
+                await self._put(Put(key, entry.value, self._if_unchanged(entry), self._expiry(ttl)))
             except Conflict:
                 continue
             return True
@@ -189,6 +250,7 @@ class Store(BytesLevel):
         self._may_write(key, raw)
         if expect is not None:
             await self._commit((Delete(key, expect),))
+            await self._tidy(key)
             return True
         while True:
             found = await self.info(key)
@@ -199,12 +261,13 @@ class Store(BytesLevel):
                 await self._commit((Delete(key, found.version if conditional else None),))
             except Conflict:
                 continue
+            await self._tidy(key)
             return True
 
     # ---- many keys
 
     async def get_many(self, keys: Sequence[str]) -> list[Any]:
-        """Read ``n`` keys in one call: ``n`` values in their order, None where there is none."""
+        """Read ``n`` keys in one call: ``n`` values in their order, None where there is none. Raises as `get`."""
         entries = await self._entries([self._key(key) for key in keys])
         return [None if entry is None else codec.decode_plain(entry.key, entry.value) for entry in entries]
 
@@ -245,10 +308,15 @@ class Store(BytesLevel):
                 if f"{namespace}:".startswith(prefix) or prefix.startswith((f"{namespace}:", f"{namespace}#")):
                     raise ReservedNamespace(prefix, namespace)
         removed = 0
-        while page := await self._scan(prefix, keys.prefix_end(prefix), limit=_PAGE, keys_only=True):
-            await self._commit_many([Delete(entry.key) for entry in page])
-            removed += len(page)
-        return removed
+        doomed: list[str] = []
+        async for entry in self._walk(prefix, None, None, lambda key: None, page=_PAGE, keys_only=True):
+            doomed.append(entry.key)
+            if len(doomed) == _PAGE:
+                await self._commit_many([Delete(key) for key in doomed])
+                removed += len(doomed)
+                doomed.clear()
+        await self._commit_many([Delete(key) for key in doomed])
+        return removed + len(doomed)
 
     async def scan(
         self,
@@ -259,6 +327,7 @@ class Store(BytesLevel):
         reverse: bool = False,
         page: int = 200,
         on_corrupt: Callable[[CorruptRecord], None] | None = None,
+        on_large: Callable[[LargeValue], None] | None = None,
     ) -> AsyncIterator[tuple[str, Any]]:
         """Yield ``(key, value)`` below ``prefix`` in key order, ``page`` entries a round trip.
 
@@ -268,7 +337,10 @@ class Store(BytesLevel):
         Args:
             start: first key, inclusive; ``end``: exclusive. Either may be None.
             on_corrupt: is handed each damaged entry, and the scan goes on; without it, it is raised.
+            on_large: the same for values that `open_read` reads.
         """
+        if _may_meet_pieces(prefix):
+            await self._refresh()  # so that the pieces of large values are passed over, not read
 
         def skips(key: str) -> str | None:
             space, _, rest = key.partition(":")
@@ -284,6 +356,11 @@ class Store(BytesLevel):
                 if on_corrupt is None:
                     raise
                 on_corrupt(error)
+                continue
+            except LargeValue as error:
+                if on_large is None:
+                    raise
+                on_large(error)
                 continue
             yield entry.key, value
 
@@ -309,7 +386,7 @@ class Store(BytesLevel):
             yield entry.key
 
     async def snapshot(self, prefix: str = "") -> dict[str, Any]:
-        """Return all values below ``prefix``, the prefix cut off their keys; for `restore`."""
+        """Return all values below ``prefix``, the prefix cut off their keys; for `restore`. Raises LargeValue."""
         return {key[len(prefix) :]: value async for key, value in self.scan(prefix)}
 
     async def restore(self, snapshot: Mapping[str, Any], prefix: str = "") -> None:
@@ -334,6 +411,7 @@ class Store(BytesLevel):
         tx = Transaction(self)
         yield tx
         await tx._commit()
+        await self._tidy(*tx._staged)
 
     async def transact(self, fn: Callable[[Transaction], Awaitable[_T]], *, attempts: int = 10) -> _T:
         """Run ``fn`` inside `atomic`, again with full jitter when another writer came first.
@@ -373,13 +451,26 @@ class Store(BytesLevel):
         high = keys.prefix_end(prefix) if prefix else None
         if end is not None:
             high = end if high is None else min(high, end)
+        for first, last in self._around_pieces(low, high, reverse):
+            async for entry in self._pages(first, last, skips, page, reverse, keys_only):
+                yield entry
+
+    async def _pages(
+        self,
+        low: str | None,
+        high: str | None,
+        skips: Callable[[str], str | None],
+        page: int,
+        reverse: bool,
+        keys_only: bool,
+    ) -> AsyncIterator[Entry]:
         while True:
             found = await self._scan(low, high, limit=page, reverse=reverse, keys_only=keys_only)
             skipped = ""
             for entry in found:
                 if skipped and entry.key.startswith(skipped):
                     continue
-                skipped = skips(entry.key) or ""
+                skipped = area_of(entry.key) or skips(entry.key) or ""
                 if not skipped:
                     yield entry
             if len(found) < page:
@@ -390,12 +481,28 @@ class Store(BytesLevel):
             else:
                 low = (keys.prefix_end(skipped) if skipped else None) or last + "\0"
 
+    def _around_pieces(self, low: str | None, high: str | None, reverse: bool) -> list[tuple[str | None, str | None]]:
+        """The parts of ``[low, high)`` that hold no pieces of large values, in the order of a scan."""
+        parts: list[tuple[str | None, str | None]] = []
+        for begin in sorted(map(area, self._large)):
+            end = keys.prefix_end(begin)
+            assert end is not None
+            if (low is None or low < end) and (high is None or begin < high):
+                if low is None or low < begin:
+                    parts.append((low, begin))
+                low = end
+        if high is None or low is None or low < high:
+            parts.append((low, high))
+        return parts[::-1] if reverse else parts
+
     def _key(self, key: str) -> str:
         keys.check_key(key, self._key_bytes)
         return key
 
     def _may_write(self, key: str, raw: bool) -> None:
         keys.check_key(key, self._key_bytes)
+        if MARK in key and area_of(key):
+            raise BadKey(key, f"{MARK!r} begins the keys of the pieces of large values: choose another")
         if not raw and (space := key.partition(":")[0].partition("#")[0]) in self._owned and ":" in key:
             raise ReservedNamespace(key, space)
 
@@ -410,7 +517,25 @@ class Store(BytesLevel):
     def _if_unchanged(self, entry: Entry) -> bytes | None:
         return entry.version if self.capabilities.conditional else None
 
+    async def _put(self, put: Put) -> bytes:
+        version = await self._commit((put,))
+        await self._tidy(put.key)
+        return version
+
+    async def _tidy(self, *changed: str) -> None:
+        if self._large:
+            await self._pieces.tidy(changed)
+
+    async def _tend(self) -> None:
+        await self._pieces.sweep(all_=False)
+
     async def _commit_many(self, ops: Sequence[Op]) -> None:
+        try:
+            await self._commit_cuts(ops)
+        finally:
+            await self._tidy(*(op.key for op in ops))
+
+    async def _commit_cuts(self, ops: Sequence[Op]) -> None:
         size = min(_BATCH, self.capabilities.max_batch or _BATCH)
         apart = self.capabilities.atomic_batch == "partition"
         groups: dict[str, list[Op]] = {}
@@ -438,6 +563,12 @@ class Store(BytesLevel):
             raise next(iter(failed.values()))
         if failed:
             raise PartlyDone(len(ops) - len(failed), failed)
+
+
+def _may_meet_pieces(prefix: str) -> bool:
+    """Whether keys below ``prefix`` may be those of pieces."""
+    _, colon, rest = prefix.partition(":")
+    return not colon or MARK.startswith(rest) or rest.startswith(MARK)
 
 
 def open_store(

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from kvpersist.cli.options import FOR_PEOPLE, USUAL_STORE, Count, Output, StoreOption
 from kvpersist.cli.render import clean, is_terminal, print_items, print_json, read_stdin, say, write, write_bytes
 from kvpersist.driver import ABSENT
-from kvpersist.errors import BadOption, CorruptRecord, ReservedNamespace
+from kvpersist.errors import BadOption, CorruptRecord, LargeValue, ReservedNamespace
 from kvpersist.keys import partition
 from kvpersist.store import Store, open_store
 from kvpersist.urls import parse_duration
@@ -78,7 +78,13 @@ async def get(
         output: in which form.
     """
     async with open_store(store.existing()) as opened:
-        found, value = await (_stored if as_bytes else _value)(opened, key)
+        try:
+            found, value = await (_stored if as_bytes else _value)(opened, key)
+        except LargeValue:
+            if output.json or output.jsonl:
+                raise
+            await _write_large(opened, key)
+            return 0
     if not found:
         say(f"no such key: {key}", style="red")
         return 3
@@ -193,6 +199,13 @@ async def _value(store: Store, key: str) -> tuple[bool, Any]:
             raise
         return await _stored(store, key)  # a repository's index entry or counter: bytes without a frame
     return versioned is not None, None if versioned is None else versioned.value
+
+
+async def _write_large(store: Store, key: str) -> None:
+    async with store.open_read(key) as value:
+        if value is not None:
+            async for part in value:
+                write_bytes(part)
 
 
 async def _stored(store: Store, key: str) -> tuple[bool, bytes | None]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any, Final, Literal, Self, TypeAlias, TypeVar
 
 import msgspec
@@ -29,8 +29,11 @@ from kvpersist.driver import (
     Delete,
     Driver,
     Entry,
+    Expect,
     HasClock,
     Pings,
+    Put,
+    Streams,
     UsesClock,
     Watches,
 )
@@ -142,6 +145,8 @@ class FaultyDriver:
             self.backup = inner.backup
         if isinstance(inner, Pings):
             self.ping = inner.ping
+        if isinstance(inner, Streams):
+            self.read_stream, self.write_stream = self._read_stream, self._write_stream
 
     @property
     def crashed(self) -> bool:
@@ -218,6 +223,33 @@ class FaultyDriver:
     async def close(self) -> None:
         if not self._dead:
             await self.inner.close()
+
+    async def _read_stream(self, key: str) -> tuple[Entry, AsyncIterator[bytes]] | None:
+        """Counted as a get."""
+        assert isinstance(self.inner, Streams)
+        number = await self._before("get", (key,))
+        return await self._after("get", number, (key,), await self.inner.read_stream(key))
+
+    async def _write_stream(
+        self,
+        key: str,
+        pieces: AsyncIterator[bytes],
+        *,
+        version: bytes,
+        expect: Expect | None = None,
+        expires_at: float | None = None,
+    ) -> Committed | KvError:
+        """Counted as a commit of one step."""
+        assert isinstance(self.inner, Streams)
+        self._refuse_conditions([Batch((Put(key, b"", expect),), version)])
+        number = await self._before("commit", (key,))
+        try:
+            step = await self._before("step", (key,))
+            outcome = await self.inner.write_stream(key, pieces, version=version, expect=expect, expires_at=expires_at)
+            outcome = await self._after("step", step, (key,), outcome)
+        except (Unavailable, CommitUnknown) as error:
+            outcome = error
+        return await self._after("commit", number, (key,), outcome)
 
     async def _before(self, operation: Operation, keys: tuple[str, ...]) -> int:
         if self._dead:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -18,7 +19,7 @@ import pytest
 
 pytest.importorskip("cyclopts")
 
-from kvpersist import errors
+from kvpersist import errors, open_store
 from kvpersist.cli.app import exit_code, run
 
 TALK = [
@@ -454,6 +455,24 @@ def test_every_key_of_a_store_can_be_printed(kv: Command, talk: str, url: str) -
         assert kv("get", json.loads(line), "--json").code == 0, line
     assert shell("get", "app:value", "--bytes", url=url).stdout not in (b"", b'{"a":[1]}\n')
     del talk
+
+
+def test_a_large_value_goes_to_stdout_in_parts_and_its_pieces_are_not_listed(url: str) -> None:
+    data = os.urandom(1_000_000)
+
+    async def fill() -> None:
+        async with open_store(url) as store, store.open_write("app:film") as out:
+            await out.write(data)
+
+    asyncio.run(fill())
+
+    assert shell("get", "app:film", url=url).stdout == data
+    assert shell("ls", "app:", url=url).stdout == b"app:film\n"
+    refused = shell("get", "app:film", "--json", url=url)
+    assert (refused.returncode, refused.stdout) == (1, b"") and b"open_read" in refused.stderr
+    shell("rm", "--prefix", "app:", "--yes", url=url)
+    with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as file:
+        assert file.execute("SELECT count(*) FROM kv WHERE k LIKE 'app:%'").fetchone() == (0,)
 
 
 # ---- exit codes and errors

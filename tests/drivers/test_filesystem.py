@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import errno
 import itertools
 import os
 import random
@@ -27,12 +28,15 @@ from kvpersist.errors import (
     BadOption,
     Busy,
     CommitUnknown,
+    Conflict,
     CorruptRecord,
     ForkedStore,
     FormatMismatch,
     KeyTooLong,
     KvError,
+    MissingExtra,
     ReadOnly,
+    StoreClosed,
     Unavailable,
 )
 from kvpersist.testing import AWKWARD_KEYS, DriverContract, ManualClock, batch, driver_machine
@@ -736,3 +740,176 @@ async def test_an_append_costs_few_system_calls_and_no_more_in_a_long_log(
             assert len(both) == 1 + 2 * 4 + 2, both
             costs.append(len(lone))
         assert costs[0] == costs[1]
+
+
+async def test_a_damaged_file_can_be_deleted_and_replaced_through_a_store(tmp_path: Path) -> None:
+    async with kvpersist.open_store(f"{tmp_path}/kv/") as store:
+        for how in (store.delete("app:a"), store.put("app:a", 2), store.delete_many(["app:a"]), store.clear("app:")):
+            await store.put("app:a", 1)
+            (tmp_path / "kv" / "app~d" / "a.json").write_bytes(b"junk")
+            with pytest.raises(CorruptRecord):
+                await store.get("app:a")
+            try:
+                await how
+            except CorruptRecord:  # it reads what it removes
+                assert await store.delete("app:a")
+            assert await store.get("app:a") in (None, 2)
+
+
+# -- streams ---------------------------------------------------------------------------------------
+
+
+async def _parts(*parts: bytes) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+
+
+def _staged(root: Path) -> list[str]:
+    return os.listdir(root / ".kvpersist" / "new")
+
+
+async def test_a_stream_under_way_outlives_those_who_open_the_folder_and_what_was_abandoned_does_not(
+    tmp_path: Path,
+) -> None:
+    opened = asyncio.Event()
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield b"first "
+        await opened.wait()
+        yield b"second"
+
+    async with _opened(tmp_path / "kv") as driver:
+        (tmp_path / "kv" / ".kvpersist" / "new" / "stream-0000").write_bytes(b"of a process that died")
+        (tmp_path / "kv" / ".kvpersist" / "new" / "stream-1111").symlink_to("stream-0000")
+        (tmp_path / "kv" / ".kvpersist" / "new" / "stream-2222").mkdir()
+        writing = asyncio.create_task(driver.write_stream("c:a", parts(), version=b"version1"))
+        while not [name for name in _staged(tmp_path / "kv") if len(name) > 12]:
+            await asyncio.sleep(0)
+        async with _opened(tmp_path / "kv") as other:
+            assert len(_staged(tmp_path / "kv")) == 3
+            assert await _value(other, "c:a") is None
+            opened.set()
+            assert await writing == Committed(b"version1")
+            assert await _value(other, "c:a") == b"first second"
+            assert _staged(tmp_path / "kv").count("stream-0000") == 0
+
+
+async def test_nothing_is_left_of_streams_that_failed(tmp_path: Path) -> None:
+    async def failing() -> AsyncIterator[bytes]:
+        yield b"x"
+        raise LookupError
+
+    async with _opened(tmp_path / "kv") as driver:
+        await _put(driver, "c:a")
+        with pytest.raises(LookupError):
+            await driver.write_stream("c:b", failing(), version=b"version1")
+        outcome = await driver.write_stream("c:a", _parts(b"x"), version=b"version1", expect=ABSENT)
+        assert isinstance(outcome, Conflict)
+        too_long = await driver.write_stream("c" * 600, _parts(b"x"), version=b"version1")
+        assert isinstance(too_long, KeyTooLong)
+        driver._streams.executor.submit(int).result()  # what was to be removed is
+
+        assert _staged(tmp_path / "kv") == []
+        assert await _value(driver, "c:a") == b"v"
+
+
+async def test_a_stream_fails_as_itself_when_its_file_is_taken_away(tmp_path: Path) -> None:
+    async def parts() -> AsyncIterator[bytes]:
+        yield b"x"
+        shutil.rmtree(tmp_path / "kv" / ".kvpersist" / "new")
+
+    async with _opened(tmp_path / "kv") as driver:
+        with pytest.raises(Unavailable):
+            await driver.write_stream("c:a", parts(), version=b"version1")
+
+        assert await driver.write_stream("c:a", _parts(b"x"), version=b"version1") == Committed(b"version1")
+
+
+async def test_an_error_of_the_one_who_gives_the_pieces_comes_out_as_it_is(tmp_path: Path) -> None:
+    async def parts() -> AsyncIterator[bytes]:
+        yield b"x"
+        raise FileNotFoundError("mine")
+
+    async with _opened(tmp_path / "kv") as driver:
+        with pytest.raises(FileNotFoundError, match="mine"):
+            await driver.write_stream("c:a", parts(), version=b"version1")
+
+
+async def test_a_disk_that_is_full_fails_a_stream_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", _raising(errno.ENOSPC))
+    async with _opened(tmp_path / "kv") as driver:
+        driver._sync = True
+        with pytest.raises(Unavailable, match="No space"):
+            await driver.write_stream("c:a", _parts(b"x"), version=b"version1")
+        driver._sync = False
+        assert await driver.write_stream("c:a", _parts(b"x"), version=b"version1") == Committed(b"version1")
+
+
+def _raising(number: int) -> Callable[..., Any]:
+    def fail(*_: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+async def test_an_open_stream_gives_its_file_back(tmp_path: Path) -> None:
+    async with _opened(tmp_path / "kv") as driver:
+        await driver.write_stream("c:a", _parts(bytes(1_000_000)), version=b"version1")
+        before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+        for take in (0, 1, 9):
+            found = await driver.read_stream("c:a")
+            assert found is not None
+            pieces: Any = found[1]
+            for _ in range(take):
+                if not await anext(pieces, b""):
+                    break
+            await pieces.aclose()
+            del found, pieces
+        driver._streams.executor.submit(int).result()
+
+        assert not before or len(os.listdir("/proc/self/fd")) <= before + 1  # the folder c~d
+
+
+async def test_streams_end_when_the_driver_is_closed(tmp_path: Path) -> None:
+    async with _opened(tmp_path / "kv") as driver:
+        await driver.write_stream("c:a", _parts(bytes(1_000_000)), version=b"version1")
+        begun, closed = asyncio.Event(), asyncio.Event()
+
+        async def parts() -> AsyncIterator[bytes]:
+            yield b"x"
+            begun.set()
+            await closed.wait()
+            yield b"y"
+
+        writing = asyncio.create_task(driver.write_stream("c:b", parts(), version=b"version1"))
+        found = await driver.read_stream("c:a")
+        assert found is not None
+        await anext(found[1])
+        await begun.wait()
+        await driver.close()
+        closed.set()
+
+        with pytest.raises(StoreClosed):
+            await writing
+        with pytest.raises(StoreClosed):
+            await anext(found[1])
+    async with _opened(tmp_path / "kv") as driver:
+        assert _staged(tmp_path / "kv") == []
+        assert await _value(driver, "c:b") is None
+
+
+async def test_only_streams_need_aiofiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiofiles", None)
+    async with _opened(tmp_path / "kv") as driver, kvpersist.open_store(driver) as store:
+        await store.put("a", 1)
+        assert await store.get("a") == 1
+        with pytest.raises(MissingExtra, match=r"kvpersist\[files\]"):
+            async with store.open_write("a") as out:
+                await out.write(bytes(300_000))
+        with pytest.raises(MissingExtra):
+            await driver.read_stream("a")
+        assert await store.get("a") == 1
+        assert [key async for key in store.keys("")] == ["a"]
+    assert _staged(tmp_path / "kv") == []

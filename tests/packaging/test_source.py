@@ -85,6 +85,8 @@ def test_a_module_imports_what_its_extra_brings_and_no_more(module: str) -> None
         "kvpersist.testing": _TESTING,
         "kvpersist_drivers.postgres": _POSTGRES,
         "kvpersist_drivers.mysql": {"asyncmy"},
+        "kvpersist_drivers.diskcache": {"diskcache"},
+        "kvpersist_drivers.filesystem": {"aiofiles"},
         "kvpersist_drivers.redis": _REDIS,
     }
     allowed = _BASE.union(*(more for prefix, more in extras.items() if module.startswith(prefix)))

@@ -9,6 +9,9 @@ Several processes may use one folder on a local disk (not on a network file syst
 store is taken by every commit, which waits for it up to ``busy_timeout`` and then fails with
 ``Busy``. A cancelled ``commit`` that has not begun never runs; one that has begun is waited for.
 
+Values that are streamed are read and written in a thread of their own, with aiofiles
+(``kvpersist[files]``); a file that is being written is in the stage, locked, and is renamed at the end.
+
 ``get`` of up to 32 keys reads on the event loop, files of 64 KB and more in a thread. It raises
 ``CorruptRecord`` for a file that is not what was written. ``scan`` gives a damaged file an entry
 whose value no frame begins with: whoever decodes it names the key, and the list goes on.
@@ -19,21 +22,27 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
-from kvpersist.driver import Batch, Capabilities, Clock, Committed, Entry
-from kvpersist.errors import BadOption, ForkedStore, KvError, StoreClosed
+from kvpersist.driver import Batch, Capabilities, Clock, Committed, Entry, Expect, Put, needs_extra
+from kvpersist.errors import BadKey, BadOption, ForkedStore, KvError, StoreClosed
 from kvpersist.urls import UrlParts
+from kvpersist_drivers.filesystem._at import Held, remove
 from kvpersist_drivers.filesystem._errors import translated
+from kvpersist_drivers.filesystem._header import pack
 from kvpersist_drivers.filesystem._names import MAX_KEY_BYTES
+from kvpersist_drivers.filesystem._names import place as place_of
 from kvpersist_drivers.filesystem._place import prepare
 from kvpersist_drivers.filesystem._reader import NotInline, Reader
+from kvpersist_drivers.filesystem._stream import stage
 from kvpersist_drivers.filesystem._thread import Thread
+from kvpersist_drivers.filesystem._tree import STAGE, Tree
 from kvpersist_drivers.filesystem._writer import Writer
 
 __all__ = ["FilesystemDriver", "FilesystemOptions"]
@@ -42,6 +51,8 @@ T = TypeVar("T")
 
 _INLINE_KEYS: Final = 32
 _INLINE_BYTES: Final = 64 << 10
+_STREAMED: Final = 256 << 10  # bytes read at once
+_SYNCED: Final = 32 << 20  # bytes after which a stream is synced, so that its end does not wait for all of it
 _CLOSED: Final = "this filesystem driver was closed, or opened before a fork: open it again"
 
 
@@ -101,6 +112,9 @@ class FilesystemDriver:
         self.clock: Clock = time.time
         self._refusal: type[KvError] | None = None
         self._writes, self._reads = Thread("kvpersist-files-writer"), Thread("kvpersist-files-reader")
+        self._streams = Thread("kvpersist-files-streams")
+        self._sync = options.durability == "full"
+        self._stage: Tree | None = None  # for the thread of streams
         sync, wait = options.durability == "full", options.busy_timeout
         self._writer = Writer(self.root, sync=sync, busy_timeout=wait, clock=self._now)
         self._reader = Reader(self.root, sync=sync, busy_timeout=wait, clock=self._now)
@@ -169,6 +183,55 @@ class FilesystemDriver:
     ) -> list[Entry]:
         return await self._reading(partial(self._reader.scan, start, end, limit, reverse, keys_only, deref))
 
+    async def read_stream(self, key: str) -> tuple[Entry, AsyncIterator[bytes]] | None:
+        """As the protocol says. What was opened stays readable when the key is written or deleted."""
+        with needs_extra("files", module="aiofiles"):
+            import aiofiles
+        found = await self._reading(partial(self._reader.open, key))
+        if found is None:
+            return None
+        entry, held, start = found
+        return entry, self._read_on(held, start, aiofiles.open)
+
+    async def write_stream(
+        self,
+        key: str,
+        pieces: AsyncIterator[bytes],
+        *,
+        version: bytes,
+        expect: Expect | None = None,
+        expires_at: float | None = None,
+    ) -> Committed | KvError:
+        if self._refusal is not None:
+            raise self._refusal(_CLOSED)
+        with needs_extra("files", module="aiofiles"):
+            import aiofiles
+        try:
+            header = pack(key, version, expires_at, place_of(key)[2])
+        except BadKey as error:
+            return error
+        streams = self._streams
+        held = await streams.run(partial(self._staged, header), settle=True)
+        try:
+            with self._streaming("write_stream"):
+                file = await aiofiles.open(held.descriptor, "wb", 0, closefd=False, executor=streams.executor)
+            unsynced = 0
+            async for piece in pieces:
+                with self._streaming("write_stream"), memoryview(piece) as left:
+                    while left:
+                        left = left[await file.write(left) :]
+                    unsynced += len(piece)
+                    if self._sync and unsynced >= _SYNCED:
+                        unsynced = 0
+                        await streams.run(partial(os.fsync, held.descriptor), settle=False)
+            with self._streaming("write_stream"):
+                if self._sync:
+                    await streams.run(partial(os.fsync, held.descriptor), settle=False)
+                placed = partial(self._writer.place_stream, held.name, Put(key, b"", expect, expires_at), version)
+                return await self._writes.run(placed, settle=True)
+        finally:
+            self._later(partial(self._unstaged, held))
+
     async def ping(self) -> None:
         await self._reading(self._reader.ping)
 
@@ -189,9 +252,69 @@ class FilesystemDriver:
         if self._refusal is not None:  # closed, or of the parent process, whose threads are not here
             return
         self._refusal = StoreClosed
+        await self._streams.close(self._close_stage)
         await self._writes.close(self._writer.close)
         await self._reads.close(self._reader.close)
         self._inline.close()
+
+    async def _read_on(self, held: Held, start: int, opens: Callable[..., Any]) -> AsyncIterator[bytes]:
+        if self._refusal is not None:
+            raise self._refusal(_CLOSED)
+        executor = self._streams.executor
+        try:
+            with self._streaming("read_stream"):
+                file = await opens(held.descriptor, "rb", 0, closefd=False, executor=executor)
+                await file.seek(start)
+            while True:
+                with self._streaming("read_stream"):
+                    piece = await file.read(_STREAMED)
+                if not piece:
+                    return
+                yield piece
+        finally:
+            self._later(held.close)
+
+    @contextmanager
+    def _streaming(self, operation: str) -> Iterator[None]:
+        try:
+            yield
+        except KvError:  # some are OSErrors themselves
+            raise
+        except OSError as error:
+            raise translated(error, operation, self.root, reading=operation == "read_stream") from error
+        except RuntimeError as error:
+            if self._refusal is None:
+                raise
+            raise self._refusal(_CLOSED) from error  # its thread has ended
+
+    def _staged(self, header: bytes) -> Held:
+        try:
+            if self._stage is None:
+                self._stage = Tree(self.root)
+            return stage(self._stage, header, sync=self._sync)
+        except OSError as error:
+            raise translated(error, "write_stream", self.root) from error
+
+    def _unstaged(self, held: Held) -> None:
+        """Remove the file, unless it was renamed into its place, and let go of it."""
+        if self._stage is not None:
+            with suppress(OSError):  # whoever opens the store next removes it
+                folder = self._stage.folder(STAGE)
+                if folder is not None:
+                    remove(folder, held.name)
+        held.close()
+
+    def _later(self, call: Callable[[], None]) -> None:
+        """Make a call in the thread of streams, after what that is doing; nobody waits for it."""
+        try:
+            self._streams.executor.submit(call)
+        except RuntimeError:  # it has ended
+            call()
+
+    def _close_stage(self) -> None:
+        stage, self._stage = self._stage, None
+        if stage is not None:
+            stage.close()
 
     def _now(self) -> float:
         return self.clock()

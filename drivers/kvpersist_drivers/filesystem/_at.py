@@ -9,7 +9,18 @@ import errno
 import os
 from typing import Final, TypeAlias
 
-__all__ = ["Folder", "close", "list_names", "make", "open_file", "open_folder", "remove", "remove_folder", "rename"]
+__all__ = [
+    "Folder",
+    "Held",
+    "close",
+    "list_names",
+    "make",
+    "open_file",
+    "open_folder",
+    "remove",
+    "remove_folder",
+    "rename",
+]
 __all__ += ["same_exists", "sync_folder", "write_all"]
 
 Folder: TypeAlias = int | str
@@ -19,6 +30,22 @@ _FILE: Final = (
     getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOCTTY", 0)
 )
 _FOLDER: Final = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | _FILE
+
+
+class Held:
+    """An open file, closed with the object."""
+
+    def __init__(self, descriptor: int, name: str = "") -> None:
+        self.descriptor, self.name = descriptor, name
+
+    def close(self) -> None:
+        """Close it; a second call does nothing."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def open_file(folder: Folder, name: str, flags: int) -> int:

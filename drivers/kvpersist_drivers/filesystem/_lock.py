@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable
 from typing import Final
 
-__all__ = ["FileLock"]
+__all__ = ["FileLock", "exclusively"]
 
 
 class FileLock:
@@ -51,6 +51,15 @@ class FileLock:
 
     def __del__(self) -> None:
         self.close()
+
+
+def exclusively(descriptor: int) -> bool:
+    """Lock an open file until it is closed; False if somebody else has."""
+    try:
+        _functions()[0](descriptor)
+    except (BlockingIOError, PermissionError):  # the latter is what Windows says
+        return False
+    return True
 
 
 def _functions() -> tuple[Callable[[int], object], Callable[[int], object]]:

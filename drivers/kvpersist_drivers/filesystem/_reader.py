@@ -12,13 +12,14 @@ from typing import Final, TypeVar
 
 from kvpersist.driver import Clock, Entry
 from kvpersist.errors import BadKey, Busy, CorruptRecord, KvError
+from kvpersist_drivers.filesystem._at import Held
 from kvpersist_drivers.filesystem._errors import translated
 from kvpersist_drivers.filesystem._header import HEADER_BYTES, unpack
 from kvpersist_drivers.filesystem._journal import Journal
 from kvpersist_drivers.filesystem._lock import FileLock
 from kvpersist_drivers.filesystem._names import place
 from kvpersist_drivers.filesystem._scan import empty_folders, keys
-from kvpersist_drivers.filesystem._tree import OWN, TooLarge, Tree
+from kvpersist_drivers.filesystem._tree import DAMAGED_VERSION, OWN, TooLarge, Tree
 
 __all__ = ["NotInline", "Reader"]
 
@@ -27,7 +28,6 @@ T = TypeVar("T")
 _ATTEMPTS: Final = 3  # before the lock is taken, so that writers who never stop cannot keep a reader out
 _SWEPT: Final = 20_000  # files looked at by one compaction
 _DAMAGED: Final = b"\xff"  # no frame begins so: whoever decodes the value names the key
-_NO_VERSION: Final = bytes(8)
 
 
 class NotInline(Exception):
@@ -77,6 +77,10 @@ class Reader:
     def get(self, wanted: Sequence[str]) -> list[Entry | None]:
         """As the driver's."""
         return self._whole("get", lambda: [self._tree.entry(key, self.clock()) for key in wanted])
+
+    def open(self, key: str) -> tuple[Entry, Held, int] | None:
+        """Return the entry without its value, its open file, and where in that the value begins."""
+        return self._whole("read_stream", lambda: self._tree.open(key, self.clock()))
 
     def scan(
         self, start: str | None, end: str | None, limit: int, reverse: bool, keys_only: bool, deref: str | None
@@ -194,7 +198,7 @@ class Reader:
         except CorruptRecord as error:
             if strict:
                 raise
-            return Entry(key, b"" if keys_only else _DAMAGED + error.reason.encode(), _NO_VERSION)
+            return Entry(key, b"" if keys_only else _DAMAGED + error.reason.encode(), DAMAGED_VERSION)
 
     def _failed(self, error: OSError, operation: str) -> KvError:
         return error if isinstance(error, KvError) else translated(error, operation, self._root, reading=True)

@@ -17,13 +17,13 @@ class Thread:
     """One thread, started by its first call."""
 
     def __init__(self, name: str) -> None:
-        self._executor = ThreadPoolExecutor(1, name)
+        self.executor = ThreadPoolExecutor(1, name)
 
     async def run(self, call: Callable[[], T], *, settle: bool) -> T:
         """Make the call. Cancelled before it has begun, it is never made; afterwards, with ``settle``,
         the cancellation goes on only when the call has ended.
         """
-        job = self._executor.submit(call)
+        job = self.executor.submit(call)
         future = asyncio.wrap_future(job)
         try:
             return await asyncio.shield(future)
@@ -40,4 +40,4 @@ class Thread:
         """Make the calls that wait, then the ``last``, and end."""
         with suppress(RuntimeError):  # it was closed before
             await self.run(last, settle=True)
-        self._executor.shutdown(wait=True)
+        self.executor.shutdown(wait=True)

@@ -12,10 +12,12 @@ from kvpersist_drivers.filesystem import _at
 from kvpersist_drivers.filesystem._header import HEADER_BYTES, unpack
 from kvpersist_drivers.filesystem._names import place
 
-__all__ = ["OWN", "STAGE", "Tree", "TooLarge"]
+__all__ = ["DAMAGED_VERSION", "OWN", "STAGE", "Tree", "TooLarge"]
 
 OWN: Final = ".kvpersist"  # no key's folder begins with a dot
 STAGE: Final = f"{OWN}/new"  # where files are written before they take their place
+DAMAGED_VERSION: Final = bytes(8)
+"""The version that lists tell of a damaged file."""
 _KEPT_FOLDERS: Final = 48  # descriptors, per tree
 _FIRST_READ: Final = 16 << 10  # bytes
 _NOT_OURS: Final = (errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.EMLINK)
@@ -90,28 +92,48 @@ class Tree:
 
     def read(self, path: str, name: str, most: int | None = None) -> bytes | None:
         """The content of a file, or its first ``most`` bytes; None if it is not there."""
+        descriptor = self._descriptor(path, name)
+        if descriptor is None:
+            return None
+        try:
+            wanted = _FIRST_READ if most is None else most
+            data = os.read(descriptor, wanted)
+            if len(data) < wanted or most is not None:
+                return data
+            parts = [data]
+            while more := os.read(descriptor, 1 << 20):
+                parts.append(more)
+            return b"".join(parts)
+        finally:
+            os.close(descriptor)
+
+    def open(self, key: str, now: float) -> tuple[Entry, _at.Held, int] | None:
+        """As `entry`, without the value, with the open file, and where in that the value begins."""
+        path, name, _ = place(key)
+        try:
+            descriptor = self._descriptor(path, name)
+        except OSError as error:
+            raise _foreign(key, error) or error from None
+        if descriptor is None:
+            return None
+        held = _at.Held(descriptor)
+        version, expires_at, start = unpack(key, _head(key, descriptor))
+        if expires_at is not None and expires_at <= now:
+            return None
+        return Entry(key, b"", version, expires_at), held, start
+
+    def _descriptor(self, path: str, name: str) -> int | None:
+        """Open a file to read it; None if it is not there."""
         while True:
             folder = self.folder(path)
             if folder is None:
                 return None
             try:
-                descriptor = _at.open_file(folder, name, os.O_RDONLY)
+                return _at.open_file(folder, name, os.O_RDONLY)
             except FileNotFoundError:
                 if _at.same_exists(folder):
                     return None
                 self.forget(path)
-                continue
-            try:
-                wanted = _FIRST_READ if most is None else most
-                data = os.read(descriptor, wanted)
-                if len(data) < wanted or most is not None:
-                    return data
-                parts = [data]
-                while more := os.read(descriptor, 1 << 20):
-                    parts.append(more)
-                return b"".join(parts)
-            finally:
-                os.close(descriptor)
 
     def entry(self, key: str, now: float, most: int | None = None) -> Entry | None:
         """What is stored at ``key`` and has not expired.
@@ -153,6 +175,13 @@ class Tree:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _head(key: str, descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, HEADER_BYTES)
+    except OSError as error:
+        raise _foreign(key, error) or error from None
 
 
 def _foreign(key: str, error: OSError) -> CorruptRecord | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TypeAlias
 
-from kvpersist.driver import ABSENT, Batch, Check, Clock, Committed, Put
+from kvpersist.driver import ABSENT, Batch, Check, Clock, Committed, Expect, Put
 from kvpersist.errors import Busy, CommitUnknown, Conflict, CorruptRecord, KvError, ReadOnly
 from kvpersist_drivers.filesystem import _at
 from kvpersist_drivers.filesystem._errors import translated
@@ -15,7 +15,8 @@ from kvpersist_drivers.filesystem._header import pack
 from kvpersist_drivers.filesystem._journal import Head, Journal, Step
 from kvpersist_drivers.filesystem._lock import FileLock
 from kvpersist_drivers.filesystem._names import place
-from kvpersist_drivers.filesystem._tree import OWN, STAGE, Tree
+from kvpersist_drivers.filesystem._stream import PREFIX, remove_abandoned
+from kvpersist_drivers.filesystem._tree import DAMAGED_VERSION, OWN, STAGE, Tree
 
 __all__ = ["Writer"]
 
@@ -44,12 +45,43 @@ class Writer:
             return
         with self.locked():
             for name in self.tree.names(STAGE):
-                self._unstage(name)
+                if name.startswith(PREFIX):
+                    folder = self.tree.folder(STAGE)
+                    if folder is not None:
+                        remove_abandoned(folder, name)
+                else:
+                    self.unstage(name)
 
     def commit(self, batches: Sequence[Batch]) -> list[_Answer]:
         """As the driver's."""
         with self._translated("commit"), self.locked():
             return self._apply(batches)
+
+    def place_stream(self, staged: str, put: Put, version: bytes) -> _Answer:
+        """Give the staged file, which is on the disk, its place, as `commit` of ``put`` would, whose value it is."""
+        batch = Batch((put,), version)
+        with self._translated("write_stream"), self.locked():
+            now = self.clock()
+            if put.expect is not None:
+                found = self._found(put.key, put.expect, now)
+                if found != put.expect:
+                    return Conflict(put.key, put.expect, found)
+            folder, name, _ = place(put.key)
+            stage = self.tree.folder(STAGE)
+            if stage is not None and not _at.same_exists(stage):  # removed, and made anew by the thread of streams
+                self.tree.forget(STAGE)
+            if put.expires_at is not None:
+                self._mark_expiring()
+            expired = put.expires_at is not None and put.expires_at <= now
+            self._settled()
+            self.journal.carry_out(Step("" if expired else staged, folder, name))
+            self._dirty.add(folder)
+            self.removed |= expired
+            try:
+                self._synced()
+            except OSError as error:  # it can be seen, and a loss of power could take it
+                return self._unknown(batch, error)
+        return Committed(version)
 
     def sweep(self, keys: Sequence[str]) -> int:
         """Remove those of ``keys`` that have expired; return how many."""
@@ -131,7 +163,7 @@ class Writer:
             now = self.clock()
             for position, op in enumerate(batch.ops):
                 if op.expect is not None:
-                    found = self.tree.version(op.key, now) or ABSENT
+                    found = self._found(op.key, op.expect, now)
                     if found != op.expect:
                         return Conflict(op.key, op.expect, found, position)
             effects = self._effects(batch, now)
@@ -145,12 +177,20 @@ class Writer:
             return error
         return Committed(batch.version)
 
+    def _found(self, key: str, expect: Expect, now: float) -> Expect:
+        try:
+            return self.tree.version(key, now) or ABSENT
+        except CorruptRecord:
+            if expect != DAMAGED_VERSION:  # what a list told of it: it is to be replaced, or removed
+                raise
+            return expect
+
     def _effects(self, batch: Batch, now: float) -> list[_Effect]:
         effects: list[_Effect] = []
         for op in batch.ops:
             folder, name, hashed = place(op.key)
             if isinstance(op, Put) and (op.expires_at is None or op.expires_at > now):
-                if op.expires_at is not None and not self._expiring:
+                if op.expires_at is not None:
                     self._mark_expiring()
                 effects.append((folder, name, pack(op.key, batch.version, op.expires_at, hashed), op.value))
             elif not isinstance(op, Check):
@@ -169,7 +209,7 @@ class Writer:
                 source = _LONE
             self.journal.carry_out(Step(source, folder, name))
         except BaseException:  # cancelled too: what was staged is taken away
-            self._unstage(_LONE)
+            self.unstage(_LONE)
             raise
         self._dirty.add(folder)
 
@@ -197,7 +237,7 @@ class Writer:
         except OSError as error:
             if not begun or (not done and self._withdrawn(number)):
                 for step in steps:
-                    self._unstage(step.source)
+                    self.unstage(step.source)
                 return translated(error, "commit", self._root)
             return self._forward(batch, number)
         with suppress(OSError):  # it is done; who comes next finds every step done
@@ -246,7 +286,8 @@ class Writer:
         finally:
             os.close(descriptor)
 
-    def _unstage(self, name: str) -> None:
+    def unstage(self, name: str) -> None:
+        """Remove a staged file, if it is there."""
         with suppress(OSError):  # it is overwritten, or removed by the next who opens
             stage = self.tree.folder(STAGE)
             if name and stage is not None:
@@ -263,6 +304,8 @@ class Writer:
         self.journal.sync(dirty)
 
     def _mark_expiring(self) -> None:
+        if self._expiring:
+            return
         own = self.tree.folder(OWN)
         assert own is not None
         os.close(_at.open_file(own, "expiring", os.O_WRONLY | os.O_CREAT))

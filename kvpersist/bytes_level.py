@@ -7,10 +7,13 @@ value or guards a namespace.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any, Final, Literal, Self, cast
+from weakref import WeakSet, ref
 
 import msgspec
 
@@ -46,7 +49,7 @@ from kvpersist.errors import (
     WrongLoop,
 )
 
-__all__ = ["FORMAT", "KEYS", "BytesLevel"]
+__all__ = ["FORMAT", "KEYS", "BytesLevel", "left_open"]
 
 FORMAT: Final = 1
 """The number of the store format this version writes; every smaller one is read."""
@@ -92,8 +95,28 @@ class _Format(msgspec.Struct, kw_only=True):
     library: str = ""
 
 
+_opened: WeakSet[BytesLevel] = WeakSet()
+
+
+def left_open() -> list[BytesLevel]:
+    """The stores that were opened by a URL or the like in this process, and that nobody has closed yet."""
+    return [store for store in _opened if store._forks == _forks and not store._closed]
+
+
+@atexit.register  # what the interpreter collects after this cannot warn any more
+def _tell_at_exit() -> None:
+    for store in left_open():
+        store.__del__()
+        store.opener = ""
+
+
 class BytesLevel:
-    """Entries of one open driver, in one event loop, in one process."""
+    """Entries of one open driver, in one event loop, in one process.
+
+    ``opener`` is the line of code that opened it, as ``file:line``; empty where its driver is somebody else's.
+    """
+
+    opener = ""
 
     def __init__(
         self,
@@ -144,6 +167,7 @@ class BytesLevel:
         if self._closing is None:
             self._check()
             self._closed = True
+            _opened.discard(self)
             self._closing = self._loop.create_task(self._close())
         await asyncio.shield(self._closing)  # a cancelled close goes on; a second one waits for the first
 
@@ -161,6 +185,16 @@ class BytesLevel:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+    def __del__(self) -> None:
+        if self.opener and not self._closed and self._forks == _forks:
+            left = f"the store {self.where}, opened at {self.opener}, was never closed: use async with"
+            warnings.warn(left, ResourceWarning, stacklevel=2, source=self)
+
+    def _opened_at(self, opener: str) -> None:
+        """From now on it counts as left open until it is closed."""
+        self.opener = opener
+        _opened.add(self)
 
     async def _commit(self, ops: Sequence[Op]) -> bytes:
         """Commit one batch and return the version its puts carry."""
@@ -266,18 +300,16 @@ class BytesLevel:
         return Put(_FORMAT_KEY, value, ABSENT if seen is None else seen.version)
 
     def _start_sweeping(self, interval: float) -> None:
-        self._sweeper = self._loop.create_task(self._sweep_every(interval))
+        self._sweeper = self._loop.create_task(_sweep_every(interval, ref(self)))
 
-    async def _sweep_every(self, interval: float) -> None:
-        while True:
-            await asyncio.sleep(interval)
-            try:
-                if self.capabilities.ttl == "swept":
-                    await self.sweep()
-                [entry] = await self._entries([_FORMAT_KEY])
-                self._adopted(entry)  # which namespaces other processes have come to own
-            except KvError:  # tried again at the next turn; expired entries are hidden either way
-                continue
+    async def _tidy(self) -> None:
+        try:
+            if self.capabilities.ttl == "swept":
+                await self.sweep()
+            [entry] = await self._entries([_FORMAT_KEY])
+            self._adopted(entry)  # which namespaces other processes have come to own
+        except KvError:  # tried again at the next turn; expired entries are hidden either way
+            return
 
     def _check(self) -> None:
         if self._closed or self._forks != _forks or _running() is not self._loop:
@@ -316,6 +348,17 @@ class BytesLevel:
         if lost.settled and untouched and self.capabilities.atomic_batch != "none":
             return Unavailable(f"the write of {looked_at[0]!r} did not happen ({lost.reason}): try again")
         return lost
+
+
+async def _sweep_every(interval: float, weakly: ref[BytesLevel]) -> None:
+    """Between its turns it does not keep the store, which may be dropped unclosed."""
+    while True:
+        await asyncio.sleep(interval)
+        store = weakly()
+        if store is None:
+            return
+        await store._tidy()
+        del store
 
 
 def _version() -> str:

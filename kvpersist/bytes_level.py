@@ -7,7 +7,6 @@ value or guards a namespace.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import os
 import time
 import warnings
@@ -101,13 +100,6 @@ _opened: WeakSet[BytesLevel] = WeakSet()
 def left_open() -> list[BytesLevel]:
     """The stores that were opened by a URL or the like in this process, and that nobody has closed yet."""
     return [store for store in _opened if store._forks == _forks and not store._closed]
-
-
-@atexit.register  # what the interpreter collects after this cannot warn any more
-def _tell_at_exit() -> None:
-    for store in left_open():
-        store.__del__()
-        store.opener = ""
 
 
 class BytesLevel:

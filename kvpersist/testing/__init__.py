@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from kvpersist.testing.contract import AWKWARD_KEYS, DriverContract, batch
     from kvpersist.testing.faults import Crashed, Fault, FaultyDriver, Gate
     from kvpersist.testing.model import DriverMachine, driver_machine
+    from kvpersist.testing.records import PersistenceContract
+    from kvpersist.testing.scratch import ScratchDriver
 
 __all__ = [
     "AWKWARD_KEYS",
@@ -24,6 +26,8 @@ __all__ = [
     "FaultyDriver",
     "Gate",
     "ManualClock",
+    "PersistenceContract",
+    "ScratchDriver",
     "batch",
     "driver_machine",
 ]
@@ -37,6 +41,8 @@ _LAZY: Final = {
     "FaultyDriver": "faults",
     "Gate": "faults",
     "ManualClock": "clock",
+    "PersistenceContract": "records",
+    "ScratchDriver": "scratch",
     "batch": "contract",
     "driver_machine": "model",
 }

@@ -348,3 +348,28 @@ def test_conformance_without_pytest_names_the_extra(tmp_path: Path) -> None:
 def test_a_store_that_is_down_is_told_at_once(kv: Run) -> None:
     assert kv("conformance", "tabled://down")[0] == 4
     assert kv("reset", "tabled://down", "--yes")[0] == 4
+
+
+# -- plugins -------------------------------------------------------------------------------------
+
+
+def test_a_broken_plugin_is_listed_with_what_is_wrong_and_told_by_its_scheme(tmp_path: Path) -> None:
+    info = tmp_path / "acme-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.2\n")
+    (info / "entry_points.txt").write_text("[kvpersist.drivers]\nacme = acme_broken:Driver\n")
+    (tmp_path / "acme_broken.py").write_text("print('noise')\nraise RuntimeError('no licence')\n")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+    def call(*argv: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "kvpersist", *argv]
+        return subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
+
+    listed, opened, other = call("drivers", "--json"), call("ls", "--url", "acme://x"), call("drivers")
+
+    [acme] = [one for one in json.loads(listed.stdout) if one["scheme"] == "acme"]
+    assert (acme["distribution"], acme["error"]) == ("acme", "RuntimeError: no licence")
+    assert "RuntimeError: no licence" in other.stdout
+    assert opened.returncode == 1
+    assert "the driver of 'acme' (acme_broken:Driver) cannot be loaded: RuntimeError: no licence" in opened.stderr
+    assert "kvpersist drivers" in opened.stderr

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvpersist.testing.clock import ManualClock
     from kvpersist.testing.contract import AWKWARD_KEYS, DriverContract, batch
     from kvpersist.testing.faults import Crashed, Fault, FaultyDriver, Gate
+    from kvpersist.testing.leaks import no_leaks
     from kvpersist.testing.model import DriverMachine, driver_machine
     from kvpersist.testing.records import PersistenceContract
     from kvpersist.testing.scratch import ScratchDriver
@@ -30,6 +31,7 @@ __all__ = [
     "ScratchDriver",
     "batch",
     "driver_machine",
+    "no_leaks",
 ]
 
 _LAZY: Final = {
@@ -45,6 +47,7 @@ _LAZY: Final = {
     "ScratchDriver": "scratch",
     "batch": "contract",
     "driver_machine": "model",
+    "no_leaks": "leaks",
 }
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal, Self, cast
+from weakref import WeakSet, ref
 
 import msgspec
 
@@ -46,7 +48,7 @@ from kvpersist.errors import (
     WrongLoop,
 )
 
-__all__ = ["FORMAT", "KEYS", "BytesLevel"]
+__all__ = ["FORMAT", "FORMAT_KEY", "KEYS", "BytesLevel", "left_open"]
 
 FORMAT: Final = 1
 """The number of the store format this version writes; every smaller one is read."""
@@ -54,7 +56,9 @@ FORMAT: Final = 1
 KEYS: Final = 1
 """The number of the key escape."""
 
-_FORMAT_KEY: Final = "kvpersist:format"
+FORMAT_KEY: Final = "kvpersist:format"
+"""Where the store says what it is."""
+
 _DECIDE: Final = 0.5  # seconds that looking for a lost write may take
 
 _VERSIONS: Final = 64  # minted at once: one system call for so many
@@ -93,8 +97,21 @@ class _Format(msgspec.Struct, kw_only=True):
     library: str = ""
 
 
+_opened: WeakSet[BytesLevel] = WeakSet()
+
+
+def left_open() -> list[BytesLevel]:
+    """The stores that were opened by a URL or the like in this process, and that nobody has closed yet."""
+    return [store for store in _opened if store._forks == _forks and not store._closed]
+
+
 class BytesLevel:
-    """Entries of one open driver, in one event loop, in one process."""
+    """Entries of one open driver, in one event loop, in one process.
+
+    ``opener`` is the line of code that opened it, as ``file:line``; empty where its driver is somebody else's.
+    """
+
+    opener = ""
 
     def __init__(
         self,
@@ -149,6 +166,7 @@ class BytesLevel:
         if self._closing is None:
             self._check()
             self._closed = True
+            _opened.discard(self)
             self._closing = self._loop.create_task(self._close())
         await asyncio.shield(self._closing)  # a cancelled close goes on; a second one waits for the first
 
@@ -166,6 +184,16 @@ class BytesLevel:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+    def __del__(self) -> None:
+        if self.opener and not self._closed and self._forks == _forks:
+            left = f"the store {self.where}, opened at {self.opener}, was never closed: use async with"
+            warnings.warn(left, ResourceWarning, stacklevel=2, source=self)
+
+    def _opened_at(self, opener: str) -> None:
+        """From now on it counts as left open until it is closed."""
+        self.opener = opener
+        _opened.add(self)
 
     async def _commit(self, ops: Sequence[Op]) -> bytes:
         """Commit one batch and return the version its puts carry."""
@@ -229,7 +257,7 @@ class BytesLevel:
 
     async def _note(self, field: str, name: str, known: Callable[[], bool]) -> None:
         while not known():
-            [entry] = await self._entries([_FORMAT_KEY])
+            [entry] = await self._entries([FORMAT_KEY])
             found = self._adopted(entry)
             if known():
                 return
@@ -243,13 +271,13 @@ class BytesLevel:
 
     async def _refresh(self) -> None:
         """Learn what other processes have noted in the format record."""
-        [entry] = await self._entries([_FORMAT_KEY])
+        [entry] = await self._entries([FORMAT_KEY])
         self._adopted(entry)
 
     async def _adopt(self) -> None:
         """Read the format record, or write the first one; the loser of a race re-reads."""
         while True:
-            [entry] = await self._entries([_FORMAT_KEY])
+            [entry] = await self._entries([FORMAT_KEY])
             found = self._adopted(entry)
             if entry is not None:
                 return
@@ -266,7 +294,7 @@ class BytesLevel:
         if entry is None:
             return msgspec.to_builtins(_Format(library=_version()))
         try:
-            stored = codec.decode_plain(_FORMAT_KEY, entry.value)
+            stored = codec.decode_plain(FORMAT_KEY, entry.value)
             found = msgspec.convert(stored, _Format)
         except (CorruptRecord, msgspec.ValidationError) as error:
             raise FormatMismatch(self.where, "a damaged format record", f"format {FORMAT}") from error
@@ -280,24 +308,22 @@ class BytesLevel:
         return stored
 
     def _format_put(self, record: dict[str, Any], seen: Entry | None) -> Put:
-        value = codec.encode_plain(_FORMAT_KEY, record, "json")
+        value = codec.encode_plain(FORMAT_KEY, record, "json")
         if not self.capabilities.conditional:
-            return Put(_FORMAT_KEY, value)
-        return Put(_FORMAT_KEY, value, ABSENT if seen is None else seen.version)
+            return Put(FORMAT_KEY, value)
+        return Put(FORMAT_KEY, value, ABSENT if seen is None else seen.version)
 
     def _start_sweeping(self, interval: float) -> None:
-        self._sweeper = self._loop.create_task(self._sweep_every(interval))
+        self._sweeper = self._loop.create_task(_sweep_every(interval, ref(self)))
 
-    async def _sweep_every(self, interval: float) -> None:
-        while True:
-            await asyncio.sleep(interval)
-            try:
-                if self.capabilities.ttl == "swept":
-                    await self._compact()
-                await self._refresh()
-                await self._tend()
-            except KvError:  # tried again at the next turn; expired entries are hidden either way
-                continue
+    async def _sweep_turn(self) -> None:
+        try:
+            if self.capabilities.ttl == "swept":
+                await self._compact()
+            await self._refresh()
+            await self._tend()
+        except KvError:  # tried again at the next turn; expired entries are hidden either way
+            return
 
     async def _tend(self) -> None:
         """Do what a store above this level does from time to time."""
@@ -339,6 +365,17 @@ class BytesLevel:
         if lost.settled and untouched and self.capabilities.atomic_batch != "none":
             return Unavailable(f"the write of {looked_at[0]!r} did not happen ({lost.reason}): try again")
         return lost
+
+
+async def _sweep_every(interval: float, weakly: ref[BytesLevel]) -> None:
+    """Between its turns it does not keep the store, which may be dropped unclosed."""
+    while True:
+        await asyncio.sleep(interval)
+        store = weakly()
+        if store is None:
+            return
+        await store._sweep_turn()
+        del store
 
 
 def _version() -> str:

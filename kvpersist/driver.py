@@ -42,6 +42,7 @@ __all__ = [
     "Committed",
     "Compacts",
     "Delete",
+    "DescribesTables",
     "Driver",
     "DriverClass",
     "Entry",
@@ -294,6 +295,16 @@ class Provisions(Protocol):
 
     async def provision(self) -> None:
         """Make what is missing; where nothing is, do nothing."""
+        ...
+
+
+@runtime_checkable
+class DescribesTables(Protocol):
+    """Of the class of a driver that `Provisions`: tells its statements without a server."""
+
+    @classmethod
+    def ddl_of(cls, options: Any, /) -> str:
+        """Return what `Provisions.ddl` does for the store of ``options``; nothing is opened."""
         ...
 
 

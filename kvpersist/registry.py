@@ -9,6 +9,7 @@ is asked for, and one that cannot be imported does not stand in the way of the o
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -60,7 +61,7 @@ def driver_class(scheme: str) -> DriverClass:
     except KvError as error:
         _failed[scheme] = str(error)
         raise
-    except Exception as error:  # a plugin's import runs foreign code, which may raise anything
+    except (Exception, SystemExit) as error:  # a plugin's import runs foreign code, which may raise anything
         _failed[scheme] = f"{type(error).__name__}: {error}"
         raise BrokenPlugin(scheme, point.value, _failed[scheme]) from error
     _failed.pop(scheme, None)
@@ -99,7 +100,7 @@ def list_drivers(*, load: bool = False) -> list[DriverInfo]:
                     scheme=scheme,
                     target=point.value,
                     distribution=_distribution(point),
-                    version=point.dist.version if point.dist else "",
+                    version=_told(point, "version"),
                     builtin=_is_own(point),
                     error=error,
                 )
@@ -130,7 +131,21 @@ _failed: dict[str, str] = {}
 def _entry_points() -> Iterable[EntryPoint]:
     from importlib.metadata import entry_points
 
-    return entry_points(group=_GROUP)
+    try:
+        return entry_points(group=_GROUP)
+    except Exception:  # noqa: BLE001  (somebody's file is damaged, in whatever way: read the others one by one)
+        return _readable_entry_points()
+
+
+def _readable_entry_points() -> list[EntryPoint]:
+    from importlib.metadata import distributions
+
+    found: dict[str, list[EntryPoint]] = {}  # the first distribution of a name hides others
+    for distribution in distributions():
+        with suppress(Exception):  # the damaged one
+            name = distribution.name
+            found.setdefault(name, list(distribution.entry_points.select(group=_GROUP)))
+    return [point for points in found.values() for point in points]
 
 
 @cache
@@ -143,7 +158,15 @@ def _registered() -> dict[str, list[EntryPoint]]:
 
 
 def _distribution(point: EntryPoint) -> str:
-    return point.dist.name if point.dist else "unknown"
+    return _told(point, "name") or "unknown"
+
+
+def _told(point: EntryPoint, what: str) -> str:
+    """What the distribution of an entry point says of itself; empty where its metadata cannot be read."""
+    try:
+        return getattr(point.dist, what, None) or ""
+    except Exception:  # noqa: BLE001  (foreign bytes, in whatever state)
+        return ""
 
 
 def _is_own(point: EntryPoint) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -579,6 +580,7 @@ def open_store(
     timeout: float | None | msgspec.UnsetType = msgspec.UNSET,
     clock: Clock = time.time,
     sweep: float | None | msgspec.UnsetType = msgspec.UNSET,
+    **options: Any,
 ) -> Opening[Store]:
     """Open a store; ``async with`` it, or await it and close it.
 
@@ -592,31 +594,55 @@ def open_store(
         timeout: seconds after which a call fails; default 10; None: never.
         clock: seconds since 1970; replaced in tests of expiry.
         sweep: seconds between removals of expired entries; default 60; None: only by `Store.sweep`.
+        options: the driver's, beside a URL, a path or a mapping; without ``where`` they name the store
+            themselves: ``type="redis", host="db"``, or ``type="redis", client=client`` with a client of
+            the backend's library, which stays yours to close.
 
     Raises:
         UnknownScheme, BadOption, MissingExtra, BrokenPlugin: the address is wrong.
         Unavailable: the backend does not answer.
         FormatMismatch: not a store, or one written by a newer version; nothing was written.
     """
+    opener = _caller()
     given: dict[str, Any] = {"codec": codec or msgspec.UNSET, "ttl": ttl, "timeout": timeout, "sweep": sweep}
     given = {name: value for name, value in given.items() if value is not msgspec.UNSET}
 
     async def make() -> Store:
-        if isinstance(where, Store):
-            return where
-        if where is None or isinstance(where, (str, os.PathLike, Mapping)):
-            target = config.resolve(where).target
-            driver = await registry.driver_class(target.scheme).open(target.options)
-            return await _opened(driver, {**target.settings, **given}, clock, target.shown, owns=True)
-        return await _opened(where, given, clock, "", owns=False)
+        return await _opened(where, options, given, clock, opener, also=("clock",))
 
     return Opening(make, closes=not isinstance(where, Store))
 
 
-async def _opened(driver: Driver, settings: Mapping[str, Any], clock: Clock, where: str, *, owns: bool) -> Store:
-    chosen = dict(settings)
-    sweep: float | None = chosen.pop("sweep", _SWEEP)
-    store = Store(driver, clock=clock, where=where, owns_driver=owns, **chosen)
+def _caller() -> str:
+    """The line that called the function which asks, as ``file:line``."""
+    frame = sys._getframe(2)
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+async def _opened(
+    where: urls.Where | Driver | Store | None,
+    options: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    clock: Clock,
+    opener: str,
+    *,
+    also: Sequence[str],
+) -> Store:
+    """What `open_store` does once it is awaited; ``also`` are the arguments of the function that was called."""
+    named = _with_options(where, options, also)
+    if isinstance(named, Store):
+        return named
+    if named is None or isinstance(named, (str, os.PathLike, Mapping)):
+        target = urls.parse(config.resolve(named).where, also=also)
+        driver = await registry.driver_class(target.scheme).open(target.options)
+        chosen: dict[str, Any] = {**target.settings, **settings}
+        sweep: float | None = chosen.pop("sweep", _SWEEP)
+        store = Store(driver, clock=clock, where=target.shown, owns_driver=True, **chosen)
+        store._opened_at(opener)
+    else:
+        chosen = dict(settings)
+        sweep = chosen.pop("sweep", _SWEEP)
+        store = Store(named, clock=clock, **chosen)
     try:
         await store._adopt()
     except BaseException:  # cancelled too: nothing may stay open
@@ -625,3 +651,24 @@ async def _opened(driver: Driver, settings: Mapping[str, Any], clock: Clock, whe
     if sweep is not None:
         store._start_sweeping(sweep)
     return store
+
+
+def _with_options(
+    where: urls.Where | Driver | Store | None, options: Mapping[str, Any], also: Sequence[str]
+) -> urls.Where | Driver | Store | None:
+    """One answer to what is meant, of ``where`` and the options beside it."""
+    if not options:
+        return where
+    if where is None:
+        if not options.keys() & {"type", "url"}:
+            raise urls.unknown_option(next(iter(options)), ["type", "url", *urls.StoreSettings.__annotations__, *also])
+        return options
+    if isinstance(where, Mapping):
+        if twice := sorted(where.keys() & options.keys()):
+            raise BadOption(twice[0], "it is given in the mapping and beside it: leave one out")
+        return {**where, **options}
+    if isinstance(where, (str, os.PathLike)):
+        if "url" in options:
+            raise BadOption("url", "the store is named twice: leave one out")
+        return {**options, "url": where}
+    raise BadOption(next(iter(options)), "a driver or store that is open already takes no options")

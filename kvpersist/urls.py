@@ -8,7 +8,7 @@
 ``file:///var/lib/dir``           a folder of files, by its absolute path
 ``./dir/``, ``/var/lib/dir/``     a path that ends in a slash is a folder of files
 ``{"type": "sqlite", ...}``       the driver's options and the store's settings by name
-``{"url": "sqlite:///x.db", ..}``  a URL, and more options beside it
+``{"url": "sqlite:///x.db", ..}``  a URL, and more options beside it; ``type`` may stand there too
 ================================  =================================================================
 
 Parameters named ``kv.<name>`` are ours: a setting of the store (`StoreSettings`) or an option of the
@@ -48,6 +48,7 @@ __all__ = [
     "redact",
     "redact_option",
     "split",
+    "unknown_option",
 ]
 
 Where: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
@@ -115,8 +116,12 @@ class Target(msgspec.Struct, frozen=True):
         return f"Target({self.shown!r})"
 
 
-def parse(where: Where) -> Target:
+def parse(where: Where, *, also: Sequence[str] = ()) -> Target:
     """Find the driver that ``where`` names, and convert what is given for it.
+
+    Args:
+        where: what names the store.
+        also: further names that one may have meant who wrote an unknown option.
 
     Raises:
         BadOption: an unknown, repeated or malformed option, or something that is no URL.
@@ -124,9 +129,9 @@ def parse(where: Where) -> Target:
         MissingExtra, BrokenPlugin: the driver cannot be loaded.
     """
     if isinstance(where, Mapping):
-        return _parse_mapping(where)
+        return _parse_mapping(where, also)
     parts, ours = split(os.fspath(where))
-    return _target(parts.scheme, parts, ours, redact(parts.url))
+    return _target(parts.scheme, parts, _written(ours), redact(parts.url), also)
 
 
 def split(url: str) -> tuple[UrlParts, dict[str, str]]:
@@ -211,37 +216,64 @@ def redact_option(name: str, value: Any) -> str:
     return "***" if _is_secret(name) else redact(str(value))
 
 
-def _parse_mapping(where: Mapping[str, Any]) -> Target:
+def unknown_option(option: str, known: Sequence[str]) -> BadOption:
+    """The error for an option that is not among ``known``, with the one that may be meant."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(option, known, n=1) or [name for name in known if name == "kv." + option]
+    meant = f"did you mean {near[0]}?" if near else "known: " + ", ".join(sorted(known))
+    return BadOption(option, f"there is no such option; {meant}")
+
+
+def _parse_mapping(where: Mapping[str, Any], also: Sequence[str]) -> Target:
     given: dict[str, Any] = {}
     for name, value in where.items():
         option = str(name).removeprefix("kv.")
         if option in given:
             raise BadOption(option, "it is given twice, with kv. and without")
         given[option] = value
-    scheme = given.pop("type", None)
+    scheme, url = given.pop("type", None), given.get("url")
+    if isinstance(url, str | os.PathLike) and (scheme is None or isinstance(scheme, str)):
+        del given["url"]
+        return _parse_beside(os.fspath(url), scheme, given, also)
     if isinstance(scheme, str):
-        return _target(scheme.lower(), None, given, f"{scheme.lower()}://{_shown_place(given)}")
-    if scheme is None and isinstance(url := given.pop("url", None), str | os.PathLike):
-        parts, ours = split(os.fspath(url))
-        if twice := sorted(ours.keys() & given.keys()):
-            raise BadOption(twice[0], "it is given in the URL and beside it: leave one out")
-        return _target(parts.scheme, parts, {**ours, **given}, redact(parts.url))
+        plain = {name: (name, value) for name, value in given.items()}
+        return _target(scheme.lower(), None, plain, f"{scheme.lower()}://{_shown_place(given)}", also)
     raise BadOption("type", 'a mapping names its store by {"type": "sqlite", ...} or {"url": "sqlite:///x.db", ...}')
 
 
-def _target(scheme: str, parts: UrlParts | None, given: dict[str, Any], shown: str) -> Target:
-    """``parts`` is None where a mapping gave every field by its name."""
+def _parse_beside(url: str, scheme: str | None, given: dict[str, Any], also: Sequence[str]) -> Target:
+    """A URL, and options beside it; ``scheme`` says once more whose URL it is, or another name of its driver."""
+    parts, ours = split(url)
+    if scheme is not None and registry.driver_class(scheme.lower()) is not registry.driver_class(parts.scheme):
+        raise BadOption("type", f"it says {scheme!r} and the URL says {parts.scheme!r}: leave one out")
+    if twice := sorted(ours.keys() & given.keys()):
+        raise BadOption(twice[0], "it is given in the URL and beside it: leave one out")
+    if pieces := sorted(given.keys() & _PIECES):
+        raise BadOption(pieces[0], "beside a URL it has no place: write it there, or no URL but type= and every piece")
+    beside = {name: (name, value) for name, value in given.items()}
+    return _target(parts.scheme, parts, _written(ours) | beside, redact(parts.url), also)
+
+
+def _written(ours: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
+    return {name: ("kv." + name, value) for name, value in ours.items()}
+
+
+def _target(
+    scheme: str, parts: UrlParts | None, given: Mapping[str, tuple[str, Any]], shown: str, also: Sequence[str]
+) -> Target:
+    """``parts`` is None where a mapping gave every field by its name; ``given`` has each option as it was written."""
     driver = registry.driver_class(scheme)
     fields = {field.name: field.type for field in msgspec.structs.fields(driver.Options)}
     placed = {} if parts is None else _place(driver, fields, parts)
     types = fields if parts is None else {name: fields[name] for name in fields if name not in {*_PIECES, *placed}}
     types |= _SETTINGS
-    prefix = "" if parts is None else "kv."
     values: dict[str, Any] = {}
-    for name, value in given.items():
+    for name, (written, value) in given.items():
         if name not in types:
-            raise _unknown_option(prefix + name, [prefix + known for known in types])
-        values[name] = _convert(prefix + name, value, types[name])
+            prefix = written.removesuffix(name)
+            raise unknown_option(written, [*(prefix + known for known in types), *(() if prefix else also)])
+        values[name] = _convert(written, value, types[name])
     settings = {name: values.pop(name) for name in _SETTINGS if name in values}
     return Target(scheme, _build(driver, placed | values), msgspec.convert(settings, StoreSettings), shown)
 
@@ -262,7 +294,7 @@ def _place(driver: DriverClass, fields: Mapping[str, Any], parts: UrlParts) -> d
         lost.remove("host")
     if "params" in lost:
         known = [name for name in fields if name not in _PIECES] + list(_SETTINGS)
-        raise _unknown_option(next(iter(parts.params)), ["kv." + name for name in known])
+        raise unknown_option(next(iter(parts.params)), ["kv." + name for name in known])
     if "host" in lost and "path" in fields:
         raise BadOption("url", f"two slashes name a host: write {parts.scheme}:///rel.db, or //// for an absolute path")
     if lost:
@@ -297,14 +329,6 @@ def _takes_number(kind: Any) -> bool:
     described = msgspec.inspect.type_info(kind)
     kinds = described.types if isinstance(described, msgspec.inspect.UnionType) else (described,)
     return any(isinstance(one, msgspec.inspect.FloatType) for one in kinds)
-
-
-def _unknown_option(option: str, known: Sequence[str]) -> BadOption:
-    from difflib import get_close_matches
-
-    near = get_close_matches(option, known, n=1) or [name for name in known if name == "kv." + option]
-    meant = f"did you mean {near[0]}?" if near else "known: " + ", ".join(sorted(known))
-    return BadOption(option, f"there is no such option; {meant}")
 
 
 def _split_query(query: str) -> tuple[str, dict[str, str], dict[str, str]]:

@@ -27,7 +27,7 @@ from kvpersist.index.reads import OnCorrupt, decoded
 from kvpersist.index.rebuild import Reindexed
 from kvpersist.log import require_sequences
 from kvpersist.repository import Repository
-from kvpersist.store import Opening, Store, open_store
+from kvpersist.store import Opening, Store, _caller, _opened
 from kvpersist.transaction import Transaction
 from kvpersist.urls import Where
 
@@ -36,6 +36,7 @@ __all__ = ["Persistence", "open"]
 R = TypeVar("R")
 
 _PAGE = 500  # stats read at once
+_ARGUMENTS = ("namespace", "session_indexes", "message_indexes", "tool_call_indexes", "clock")  # of `open`
 _COLLECTIONS = frozenset(("session", "message", "tool_call"))
 
 
@@ -222,6 +223,7 @@ def open(
     timeout: float | None | UnsetType = UNSET,
     clock: Clock = time.time,
     sweep: float | None | UnsetType = UNSET,
+    **options: Any,
 ) -> Opening[Persistence]:
     """Open an agent's records; ``async with`` it, or await it and close it.
 
@@ -235,13 +237,17 @@ def open(
         session_indexes, message_indexes, tool_call_indexes: indexes beyond the usual ones.
         codec, ttl, timeout, clock, sweep: as for `open_store`. ``ttl`` is for plain keys, and for
             repositories of your own: sessions and what belongs to them do not expire.
+        options: the driver's, as for `open_store`.
 
     Raises:
         As `open_store`; Unsupported: the backend has no ordered scan or no conditional writes.
     """
+    opener = _caller()
+    given: dict[str, Any] = {"codec": codec or UNSET, "ttl": ttl, "timeout": timeout, "sweep": sweep}
+    given = {name: value for name, value in given.items() if value is not UNSET}
 
     async def make() -> Persistence:
-        store = await open_store(where, codec=codec, ttl=ttl, timeout=timeout, clock=clock, sweep=sweep)
+        store = await _opened(where, options, given, clock, opener, also=_ARGUMENTS)
         owns = store is not where
         try:
             db = Persistence(

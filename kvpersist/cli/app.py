@@ -26,7 +26,8 @@ __all__ = ["app", "exit_code", "run"]
 
 _RECORDS: Final = Group("Conversations", sort_key=1)
 _KEYS: Final = Group("Raw keys", sort_key=2)
-_SETTINGS: Final = Group("Settings", sort_key=3)
+_STORES: Final = Group("Stores", sort_key=3)
+_SETTINGS: Final = Group("Settings", sort_key=4)
 
 
 def _shown_default(value: object) -> str | None:
@@ -60,6 +61,10 @@ for name, arguments, target, group, help_ in (
     ("get", "KEY", "keys:get", _KEYS, "Print the value of a key."),
     ("put", "KEY [VALUE]", "keys:put", _KEYS, "Store a value under a key."),
     ("rm", "KEY... | --prefix TEXT", "keys:rm", _KEYS, "Remove keys."),
+    ("init", "[URL]", "stores:init", _STORES, "Make what a store needs; what is there stays."),
+    ("ddl", "[URL]", "stores:ddl", _STORES, "Print the SQL that makes what a store needs; nothing is run."),
+    ("reset", "URL", "stores:reset", _STORES, "Empty a store."),
+    ("conformance", "[URL]", "stores:conformance", _STORES, "Test what a store keeps, beside what it holds."),
     ("drivers", "", "settings:drivers", _SETTINGS, "List the drivers, and what is wrong with them."),
     ("config", "", "settings:config", _SETTINGS, "Show the settings, and where they come from."),
 ):
@@ -161,6 +166,8 @@ def _next_step(error: errors.KvError) -> str:
         case errors.UnknownScheme() | errors.BrokenPlugin():
             return "try: kvpersist drivers"
         case errors.FormatMismatch():
+            if "kvpersist init" in error.expected:
+                return f"it needs {error.expected}"
             if _is_absent(error):
                 return "another name? (see: kvpersist config --origins) demo, import and put make a new one"
             return "try: kvpersist config --origins"

@@ -17,7 +17,7 @@ from kvpersist.keys import partition
 from kvpersist.store import Store, open_store
 from kvpersist.urls import parse_duration
 
-__all__ = ["get", "ls", "put", "rm"]
+__all__ = ["agreed", "get", "ls", "put", "rm"]
 
 _AGENTS: Final = "kv"  # the namespace of kvpersist.open()
 
@@ -184,7 +184,7 @@ async def rm(
             count = 0
             async for _ in opened.keys(prefix, raw=True):
                 count += 1
-            if not _agreed(f"remove {count} keys that start with {prefix!r}?"):
+            if not agreed(f"remove {count} keys that start with {prefix!r}?"):
                 say("nothing was removed: --dry-run lists the keys, --yes removes them")
                 return 2
         say(f"removed {await opened.clear(prefix)}")
@@ -213,7 +213,7 @@ async def _stored(store: Store, key: str) -> tuple[bool, bytes | None]:
     return entry is not None, None if entry is None else entry.value
 
 
-def _agreed(question: str) -> bool:
+def agreed(question: str) -> bool:
     """Ask on a terminal; elsewhere nobody answers, which is no."""
     if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
         return False

@@ -30,11 +30,20 @@ class StoreOption:
     def existing(self) -> Where:
         """The store to read: one that was named is not made by looking into it, where its driver has a mode."""
         found = config.resolve(self.url)
-        if found.source == "default" or getattr(found.target.options, "mode", None) != "rwc":
-            return found.where
+        creates = [(name, closed) for name, creating, closed in _CREATE if _option(found, name) == creating]
         where = found.where
+        if found.source == "default" or not creates or creates[0][0] in str(where):
+            return where
         named: Mapping[str, Any] = where if isinstance(where, Mapping) else {"url": os.fspath(where)}
-        return {**named, "mode": "rw"} if "mode" not in str(where) else where
+        return {**named, **dict(creates)}
+
+
+# The option by which a driver's open makes what is missing, its value that does, and the one that does not.
+_CREATE: Final = (("mode", "rwc", "rw"), ("auto_create", True, False))
+
+
+def _option(found: config.Resolved, name: str) -> Any:
+    return getattr(found.target.options, name, None)
 
 
 @Parameter(name="*")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
+
 from kvpersist import config as configuration
 from kvpersist import registry
 from kvpersist.cli.options import FOR_PEOPLE, USUAL_STORE, Output, StoreOption
@@ -12,7 +15,8 @@ __all__ = ["config", "drivers"]
 
 def drivers(*, output: Output = FOR_PEOPLE) -> int:
     """List the drivers that are installed, and what keeps one from being used."""
-    listed = registry.list_drivers(load=True)
+    with redirect_stdout(sys.stderr):  # what a plugin prints when it is imported is no data
+        listed = registry.list_drivers(load=True)
     if output.json or output.jsonl:
         for value in listed if output.jsonl else [listed]:
             print_json(value, compact=output.jsonl)

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from kvpersist.testing.clock import ManualClock
     from kvpersist.testing.contract import AWKWARD_KEYS, DriverContract, batch
     from kvpersist.testing.faults import Crashed, Fault, FaultyDriver, Gate
+    from kvpersist.testing.leaks import no_leaks
     from kvpersist.testing.model import DriverMachine, driver_machine
+    from kvpersist.testing.records import PersistenceContract
+    from kvpersist.testing.scratch import ScratchDriver
 
 __all__ = [
     "AWKWARD_KEYS",
@@ -24,8 +27,11 @@ __all__ = [
     "FaultyDriver",
     "Gate",
     "ManualClock",
+    "PersistenceContract",
+    "ScratchDriver",
     "batch",
     "driver_machine",
+    "no_leaks",
 ]
 
 _LAZY: Final = {
@@ -37,8 +43,11 @@ _LAZY: Final = {
     "FaultyDriver": "faults",
     "Gate": "faults",
     "ManualClock": "clock",
+    "PersistenceContract": "records",
+    "ScratchDriver": "scratch",
     "batch": "contract",
     "driver_machine": "model",
+    "no_leaks": "leaks",
 }
 
 

@@ -40,11 +40,13 @@ from kvpersist.driver import (
     Committed,
     Compacts,
     Delete,
+    DescribesTables,
     Driver,
     Entry,
     HasClock,
     Op,
     Pings,
+    Provisions,
     Put,
     Streams,
     UsesClock,
@@ -1123,6 +1125,19 @@ class DriverContract(ABC, Generic[D]):
         assert kind.api == DRIVER_API
         assert issubclass(kind.Options, msgspec.Struct)
         assert inspect.iscoroutinefunction(kind.open)
+
+    async def test_what_the_store_needs_can_be_told_and_made_again(self, driver: D) -> None:
+        if not isinstance(driver, Provisions):
+            pytest.skip("needs no tables or the like")
+        version = await _put(driver, "c:a", b"1")
+
+        await driver.provision()
+        await asyncio.gather(*(driver.provision() for _ in range(4)))
+
+        assert driver.ddl().strip()
+        assert await driver.get(["c:a"]) == [Entry("c:a", b"1", version)]
+        if hasattr(type(driver), "api"):
+            assert isinstance(type(driver), DescribesTables), "its class has no ddl_of(options)"
 
     async def test_a_ping_returns_while_the_driver_is_open(self, driver: D) -> None:
         if not isinstance(driver, Pings):

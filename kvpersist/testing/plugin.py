@@ -1,13 +1,14 @@
-"""Pytest fixtures: ``kv`` (in memory), ``kv_sqlite`` (a file), ``kv_url`` (``--kv-url``).
+"""Pytest fixtures: ``kv`` (in memory), ``kv_sqlite`` (a file), ``kv_url`` (``--kv-url``), ``kv_no_leaks``.
 
-Each is an open `kvpersist.store.Store`, closed after the test. The plugin is loaded into every pytest
+The first three are an open `kvpersist.store.Store`, closed after the test; the last fails a test that
+leaves a store open. The plugin is loaded into every pytest
 run where kvpersist is installed, so nothing of kvpersist is imported before a fixture is asked for.
 The fixtures need pytest-asyncio.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ else:
     except ModuleNotFoundError:
         fixture = pytest.fixture
 
-__all__ = ["kv", "kv_sqlite", "kv_url", "pytest_addoption"]
+__all__ = ["kv", "kv_no_leaks", "kv_sqlite", "kv_url", "pytest_addoption"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -61,3 +62,12 @@ async def kv_url(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
         pytest.skip("needs --kv-url")
     async with open_store(where) as store:
         yield store
+
+
+@pytest.fixture
+def kv_no_leaks() -> Iterator[None]:
+    """Fail the test if it leaves a store open that it opened by a URL or the like; name the line that did."""
+    from kvpersist.testing.leaks import no_leaks
+
+    with no_leaks():
+        yield

@@ -186,3 +186,53 @@ def test_distributions_are_searched_once(install: Install, monkeypatch: pytest.M
         registry.list_drivers()
 
     assert searches == ["kvpersist.drivers"]
+
+
+@pytest.mark.parametrize("text", ["raise SystemExit(3)", "import sys; sys.exit('no')", "class Good(1): ..."])
+def test_a_driver_that_ends_the_program_when_it_is_imported_is_isolated_too(install: Install, text: str) -> None:
+    install("acme", {"acme": "acme_exits:Good"}, acme_exits=text)
+
+    [error] = [info.error for info in registry.list_drivers(load=True) if info.scheme == "acme"]
+
+    assert error
+    with pytest.raises(BrokenPlugin):
+        registry.driver_class("acme")
+    assert registry.driver_class("memory").__name__ == "MemoryDriver"
+
+
+@pytest.mark.parametrize("target", ["", "acme good", "acme_good", "acme_good:", ":Good", "acme_good:Good.nothing"])
+def test_an_entry_point_that_names_no_class_is_told(install: Install, target: str) -> None:
+    install("acme", {"acme": target}, acme_good=_GOOD)
+
+    with pytest.raises(BrokenPlugin):
+        registry.driver_class("acme")
+    assert "memory" in [info.scheme for info in registry.list_drivers(load=True) if info.error is None]
+
+
+@pytest.mark.parametrize("metadata", [None, "", "Metadata-Version: 2.1\nVersion: 1\n", "\xff\x00", "Name: acme\n"])
+def test_a_distribution_without_its_metadata_does_not_hide_the_others(
+    install: Install, tmp_path: Path, metadata: str | None
+) -> None:
+    install("acme", {"acme": "acme_good:Good"}, acme_good=_GOOD)
+    path = tmp_path / "acme-1.2.dist-info" / "METADATA"
+    if metadata is None:
+        path.unlink()
+    else:
+        path.write_text(metadata, "latin-1")
+    registry.refresh()
+
+    assert registry.driver_class("memory").__name__ == "MemoryDriver"
+    install("other", {"other": "acme_good:Good"})
+    listed = {info.scheme: info for info in registry.list_drivers(load=True)}
+    assert not listed["acme"].builtin
+    assert registry.driver_class("acme").__name__ == "Good"
+    assert listed["other"].distribution == "other"
+
+
+def test_a_broken_file_of_entry_points_does_not_hide_the_others(install: Install, tmp_path: Path) -> None:
+    install("acme", {"acme": "acme_good:Good"}, acme_good=_GOOD)
+    (tmp_path / "acme-1.2.dist-info" / "entry_points.txt").write_text("= = [\n[kvpersist.drivers]\nno sense at all\n")
+    registry.refresh()
+
+    assert registry.driver_class("memory").__name__ == "MemoryDriver"
+    assert {"memory", "sqlite"} <= set(registry.schemes())

@@ -913,3 +913,62 @@ def test_contract_and_fixtures_work_where_the_kit_is_used(used: Callable[..., st
 
 def test_the_fixture_of_the_url_skips_without_one(used: Callable[..., str]) -> None:
     assert "needs --kv-url" in used("-k", "test_at_the_url")
+
+
+# -- stores left open --------------------------------------------------------------------------
+
+
+_LEAKING = """
+import kvpersist
+import pytest
+
+pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("kv_no_leaks")]
+
+
+async def test_leaks(tmp_path):
+    store = await kvpersist.open_store("memory://")
+    keep.append(store)
+    keep.append(await kvpersist.open(f"sqlite:///{tmp_path}/a.db?kv.mode=rwc"))
+
+
+async def test_closes(kv, kv_sqlite):
+    async with kvpersist.open("memory://") as db:
+        await db.sessions.create()
+    async with kvpersist.open(kv):
+        pass
+
+
+async def test_fails():
+    keep.append(await kvpersist.open_store("memory://"))
+    raise RuntimeError("of its own")
+
+
+keep = []
+"""
+
+
+def test_a_test_that_leaves_a_store_open_fails_and_names_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "test_leaking.py"
+    path.write_text(_LEAKING)
+    options = ["-p", "no:cacheprovider", "-p", "no:kvpersist", "-p", "kvpersist.testing.plugin"]
+    options += ["-o", "asyncio_default_fixture_loop_scope=function"]
+    command = [sys.executable, "-m", "pytest", "-q", *options, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
+
+    assert "1 failed, 2 passed, 2 errors" in done.stdout, done.stdout
+    assert "RuntimeError: of its own" in done.stdout
+    for line in (9, 11, 22):
+        assert f"opened at {path}:{line}" in done.stdout
+
+
+async def test_leaks_are_those_of_the_block() -> None:
+    outside = await kvpersist.open_store("memory://")
+    with kvpersist.testing.no_leaks():
+        async with kvpersist.open_store("memory://"):
+            pass
+
+    with pytest.raises(AssertionError, match=rf"^left open: memory://, opened at {__file__}:"):  # noqa: SIM117
+        with kvpersist.testing.no_leaks():
+            inside = await kvpersist.open_store("memory://")
+    await inside.close()
+    await outside.close()

@@ -59,8 +59,7 @@ class _Contract(DriverContract[BucketDriver]):
             yield driver
 
     async def peek(self, driver: BucketDriver, key: str) -> bytes | None:
-        async with _opened(self._options) as other:  # FIXME
-            found = await other._store.get(other._root + escaped(key))
+        found = await driver._store.get(driver._root + escaped(key))  # FIXME raw client
         return None if found is None or len(found.body) < HEADER_BYTES else found.body[HEADER_BYTES:]
 
     async def reopen(self, driver: BucketDriver) -> BucketDriver:

@@ -61,7 +61,8 @@ class AzureStore:
 
     async def put(self, name: str, body: bytes, condition: Condition = ANY) -> str:
         blob = self._container.get_blob_client(name)
-        call = blob.upload_blob(body, length=len(body), overwrite=condition != NEW, **_if(condition), **_ONCE)
+        how = {"overwrite": False} if condition == NEW else {"overwrite": True, **_if(condition)}
+        call = blob.upload_blob(body, length=len(body), **how, **_ONCE)
         try:
             return _tag((await self._call(call, name))["etag"])
         except _Missing:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final
 
 from msgspec import Meta, Struct, structs
 
-from kvpersist.errors import BadOption
+from kvpersist.errors import BadOption, Unsupported
 from kvpersist.urls import UrlParts, redact, split
 
 __all__ = ["BucketOptions", "Place"]
@@ -17,6 +17,7 @@ _KINDS: Final = {
     **dict.fromkeys(("az", "abfs", "abfss"), "azure"),
 }
 _OURS: Final = ("url", "client", "params", "concurrency", "grace")
+_CACHES: Final = {"simplecache", "filecache", "blockcache", "cached"}
 _BOOLEANS: Final = {"true": True, "false": False}
 
 
@@ -88,6 +89,8 @@ class Place(Struct, frozen=True):
         }
         kind = _KINDS.get(parts.scheme, "url")
         if kind == "url":
+            if cache := next((link for link in parts.url.partition("?")[0].split("::") if link in _CACHES), None):
+                raise Unsupported(f"{cache}:: (it shows what others have overwritten since)", "leave it out")
             return cls(kind, "", options.url, {**options.params, **named}, redact(options.url))
         given = {name: _BOOLEANS.get(value.lower(), value) for name, value in parts.params.items()}
         bucket, root = parts.host, parts.path.strip("/")

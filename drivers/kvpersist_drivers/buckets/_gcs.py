@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from io import BytesIO  # aiohttp warns of many bytes that are none
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -53,7 +54,7 @@ class GcsStore:
 
     async def put(self, name: str, body: bytes, condition: Condition = ANY) -> str:
         url = self._upload("media", name, condition)
-        async with self._ask("POST", url, writes=name, data=body) as answer:
+        async with self._ask("POST", url, writes=name, data=BytesIO(body)) as answer:
             await self._check(answer, name)
             return json.loads(await answer.read())["generation"]
 
@@ -86,7 +87,7 @@ class GcsStore:
         try:
             if answer.status != 404:
                 await self._check(answer)
-                return Stream(answer.headers["X-Goog-Generation"], self._pieces(answer))
+                return Stream(answer.headers["X-Goog-Generation"], self._pieces(asking, answer))
         except BaseException:
             answer.close()
             raise
@@ -160,7 +161,7 @@ class GcsStore:
     def _no_bucket(self) -> BadOption:
         return BadOption("url", f"{self.where}: there is no such bucket: create it first")
 
-    async def _pieces(self, answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    async def _pieces(self, asking: Any, answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         try:
             async for piece in answer.content.iter_chunked(_PIECE):
                 yield piece
@@ -168,6 +169,7 @@ class GcsStore:
             raise Unavailable(f"{self.where}: {told(error)}") from error
         finally:
             answer.close()
+            await asking.__aexit__(None, None, None)
 
     def _media(self, name: str) -> str:
         return f"{self._fs._location}/download/storage/v1/b/{self._bucket}/o/{quote(name, safe='')}?alt=media"
@@ -202,7 +204,7 @@ class GcsUpload:
     async def _send(self, piece: bytes, total: str, writes: str) -> str:
         span = f"bytes {self._sent}-{self._sent + len(piece) - 1}/{total}"
         store = self._store
-        async with store._ask("PUT", self._place, writes=writes, headers={"Content-Range": span}, data=piece) as answer:
+        async with store._ask("PUT", self._place, writes=writes, headers={"Content-Range": span}, data=BytesIO(piece)) as answer:
             await store._check(answer, writes)
             self._sent += len(piece)
             return json.loads(await answer.read())["generation"] if writes else ""

@@ -35,7 +35,8 @@ async def probed(store: ObjectStore, root: str) -> Probed:
     base = root + internal(int(time.time() * 1000) + _LEFT, "p", os.urandom(6).hex())
     names = [base + end for end in ("B", "a", "\u00e9")]
     [listed, *made] = await _all([store.list(root, root, 1), *(store.put(name, b"probe") for name in names)])
-    _raised([listed])
+    if isinstance(listed, BaseException):
+        raise listed
     if denied := [answer for answer in made if isinstance(answer, ReadOnly)]:
         return Probed(Conditions(put=True, delete=True), str(denied[0]))
     try:

@@ -165,11 +165,10 @@ class Records:
         for attempt in range(_ATTEMPTS):
             if seen is None and not fresh and isinstance(expect, bytes):
                 seen, fresh = await self._look(key), True
-            if expect is not None and self.state(seen) != expect:
-                if fresh:
-                    raise Conflict(key, expect, self.state(seen))
+            if not fresh and seen is not None and (seen.doomed or expect not in (None, self.state(seen))):
                 seen, fresh = await self._look(key), True
-                continue
+            if expect is not None and self.state(seen) != expect:
+                raise Conflict(key, expect, self.state(seen))
             self._refuse_doomed(key, seen)
             try:
                 # over what is an entry an unconditional write may go blindly, see above

@@ -13,11 +13,13 @@ from kvpersist_drivers.buckets._store import ANY, NEW, Changed, Condition, Found
 with needs_extra("s3", module="s3fs"), needs_extra("s3", module="aiobotocore"):
     from aiohttp import ClientError as HttpError
     from botocore import exceptions as theirs
+    from botocore import utils
     from s3fs import S3FileSystem
 
 __all__ = ["S3Store", "storage_options"]
 
 _PIECE: Final = 1 << 18  # bytes of a piece that is read
+_SMALL: Final = 1 << 20  # bytes
 _CREDENTIALS: Final = {
     *("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"),
     *("AuthorizationHeaderMalformed", "RequestTimeTooSkewed", "InvalidSecurity", "NotSignedUp"),
@@ -33,7 +35,7 @@ _LATER: Final = {
 }
 _NOT_SENT: Final = (theirs.EndpointConnectionError, theirs.ConnectTimeoutError, theirs.ProxyConnectionError)
 _NO_CREDENTIALS: Final = (theirs.NoCredentialsError, theirs.PartialCredentialsError, theirs.CredentialRetrievalError)
-_MALFORMED: Final = (theirs.ProfileNotFound, theirs.InvalidRegionError, theirs.ParamValidationError)
+_MALFORMED: Final = (TypeError, ValueError, theirs.ProfileNotFound, theirs.InvalidRegionError, theirs.ParamValidationError)
 
 _T = TypeVar("_T")
 
@@ -49,7 +51,10 @@ def storage_options(options: dict[str, Any], connections: int) -> dict[str, Any]
 
 
 class S3Store:
-    """One bucket. A write is sent once: a second attempt could overwrite what others wrote after the first."""
+    """One bucket. A write is sent once: a second attempt could overwrite what others wrote after the first.
+
+    (aiohttp sends again what went to a kept connection that turns out to be closed.)
+    """
 
     def __init__(self, filesystem: S3FileSystem, bucket: str, where: str, *, owns: bool) -> None:
         """Does not connect."""
@@ -60,6 +65,7 @@ class S3Store:
         self._fs: Any = filesystem
         self._bucket = bucket
         self._owns = owns
+        self._client: Any = None
         if owns:
             filesystem.retries = 1
 
@@ -115,9 +121,16 @@ class S3Store:
         """Send one request; ``writes`` names the object whose state is unknown when its answer is lost, if any."""
         self.calls += 1
         try:
+            await self._connect()
             return await self._fs._call_s3(method, Bucket=self._bucket, **arguments)
         except Exception as error:  # botocore, aiohttp and s3fs each raise of their own
             raise self._translated(error, writes) from error
+
+    async def _connect(self) -> None:
+        client = await self._fs.set_session()  # the same one, until its credentials or connections are gone
+        if client is not self._client and self._owns:
+            client.meta.events.register_last("before-call.s3", _without_asking)
+        self._client = client
 
     async def _read(self, reading: Awaitable[_T]) -> _T:
         try:
@@ -207,6 +220,12 @@ class _Missing(Exception):
 
 class _Empty(Exception):
     """A range of an object without bytes was asked for."""
+
+
+def _without_asking(params: dict[str, Any], **_: Any) -> None:
+    """Send a small body at once: asking first whether it is welcome is a round trip of its own."""
+    if params["headers"].get("Expect") and (utils.determine_content_length(params["body"]) or 0) <= _SMALL:
+        del params["headers"]["Expect"]
 
 
 def _if(condition: Condition) -> dict[str, str]:

@@ -48,7 +48,7 @@ from kvpersist.errors import (
 )
 
 with needs_extra("fsspec", module="fsspec"):
-    import fsspec  # noqa: F401
+    import fsspec.asyn  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 from kvpersist_drivers.buckets import _open, _streams
 from kvpersist_drivers.buckets._names import INTERNAL_BYTES, MAX_NAME, escaped, noted, unescaped
@@ -180,7 +180,7 @@ class BucketDriver:
             if not keys_only:
                 return await self._records.read(key, listed.name)
             seen = await self._records.look(key, listed.name, listed.tag)
-            return _without_value(key, seen) if self._records.is_live(seen) else None
+            return _without_value(key, seen) if seen is not None and self._records.is_live(seen) else None
 
         async with self._reader():
             if limit <= 0 or (start is not None and end is not None and start >= end):

@@ -143,9 +143,8 @@ class AzureStore:
     def _translated(self, error: Exception, writes: str | None) -> Exception:
         message = f"{self.where}: {told(error)}"
         if isinstance(error, HttpResponseError) and not isinstance(error, IncompleteReadError) and error.status_code:
-            return self._answered(
-                str(getattr(error.error_code, "value", error.error_code)), error.status_code, message, writes
-            )
+            code: Any = getattr(error, "error_code", "")
+            return self._answered(str(getattr(code, "value", code)), error.status_code, message, writes)
         if isinstance(error, ClientAuthenticationError):
             return BadOption("account_key", message)
         if writes and not isinstance(error, ServiceRequestError):

@@ -204,7 +204,9 @@ class GcsUpload:
     async def _send(self, piece: bytes, total: str, writes: str) -> str:
         span = f"bytes {self._sent}-{self._sent + len(piece) - 1}/{total}"
         store = self._store
-        async with store._ask("PUT", self._place, writes=writes, headers={"Content-Range": span}, data=BytesIO(piece)) as answer:
+        async with store._ask(
+            "PUT", self._place, writes=writes, headers={"Content-Range": span}, data=BytesIO(piece)
+        ) as answer:
             await store._check(answer, writes)
             self._sent += len(piece)
             return json.loads(await answer.read())["generation"] if writes else ""

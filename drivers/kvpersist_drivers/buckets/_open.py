@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvpersist.driver import needs_extra
 from kvpersist.errors import BadOption, KvError
 from kvpersist_drivers.buckets._options import Place
 from kvpersist_drivers.buckets._store import ObjectStore, told
 
 __all__ = ["opened", "over"]
-
-_EXTRAS = {"s3": "s3", "gcs": "gcs", "azure": "azure", "url": "fsspec"}
 
 
 def opened(place: Place, connections: int) -> tuple[ObjectStore, str]:
@@ -20,8 +17,6 @@ def opened(place: Place, connections: int) -> tuple[ObjectStore, str]:
     Returns:
         What talks to it, and what every name begins with.
     """
-    with needs_extra(_EXTRAS[place.kind], module="fsspec"):
-        import fsspec  # noqa: F401
     common: dict[str, Any] = {"asynchronous": True, "skip_instance_cache": True, "use_listings_cache": False}
     options = dict(place.options)
     try:
@@ -52,7 +47,8 @@ def opened(place: Place, connections: int) -> tuple[ObjectStore, str]:
 
 def over(filesystem: Any, root: str) -> tuple[ObjectStore, str]:
     """Use a ready file system, which stays the caller's; ``root`` is ``bucket/prefix``, or a path of it."""
-    protocols = filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)
+    protocol: Any = filesystem.protocol
+    protocols: tuple[str, ...] = (protocol,) if isinstance(protocol, str) else protocol
     bucket, _, prefix = root.strip("/").partition("/")
     prefix = prefix + "/" if prefix else ""
     where = f"{protocols[0]}://{root}"

@@ -15,12 +15,11 @@ from kvpersist_drivers.buckets._names import internal
 from kvpersist_drivers.buckets._store import ANY, Condition, Found, Listed, Stream, told
 
 with needs_extra("fsspec", module="fsspec"):
+    from fsspec import core, registry
     from fsspec.asyn import AsyncFileSystem
-    from fsspec.core import split_protocol, url_to_fs
     from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
     from fsspec.implementations.dirfs import DirFileSystem
     from fsspec.implementations.local import LocalFileSystem
-    from fsspec.registry import get_filesystem_class
 
 __all__ = ["PlainStore", "from_url"]
 
@@ -28,16 +27,17 @@ _PIECE: Final = 1 << 20  # bytes of a piece that is read
 _LEFT: Final = 3_600_000  # milliseconds until `compact` removes what an interrupted write left
 
 _T = TypeVar("_T")
+_core: Any = core  # whose types are not whole
+_registry: Any = registry
 
 
 def from_url(url: str, options: dict[str, Any]) -> tuple[Any, str]:
     """Return the file system and the folder that any URL of fsspec names, a chained one too."""
-    kind = None if "::" in url else get_filesystem_class(split_protocol(url)[0])
-    if kind is not None and kind.async_impl:
-        options = {"asynchronous": True, **options}
-    if kind is not None:
-        options = {"use_listings_cache": False, **options}
-    return url_to_fs(url, skip_instance_cache=True, **options)
+    if "::" not in url:
+        kind: Any = _registry.get_filesystem_class(url.partition("://")[0])
+        asynchronous = {"asynchronous": True} if kind.async_impl else {}
+        options = {"use_listings_cache": False, **asynchronous, **options}
+    return _core.url_to_fs(url, skip_instance_cache=True, **options)
 
 
 class PlainStore:
@@ -45,8 +45,10 @@ class PlainStore:
 
     def __init__(self, filesystem: Any, folder: str, where: str, *, owns: bool) -> None:
         """``folder`` is a path of the file system."""
-        if isinstance(filesystem, DirFileSystem) and not filesystem.asynchronous:
-            filesystem, folder = filesystem.fs, filesystem.path
+        chained: Any = filesystem
+        if isinstance(chained, DirFileSystem) and not chained.asynchronous:
+            inner: Any = chained
+            filesystem, folder = inner.fs, str(inner.path)
         ready = isinstance(filesystem, AsyncFileSystem) and filesystem.async_impl and filesystem.asynchronous
         self.calls = 0
         self.server = f"fsspec {type(filesystem).__name__}"

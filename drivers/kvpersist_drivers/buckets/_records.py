@@ -87,8 +87,9 @@ class Records:
 
     def is_live(self, seen: Seen | None) -> bool:
         """Whether it is an entry, and not expired."""
-        alive = seen is not None and seen.version is not None
-        return alive and (not seen.expires_ms or seen.expires_ms > self.clock() * 1000)
+        if seen is None or seen.version is None:
+            return False
+        return not seen.expires_ms or seen.expires_ms > self.clock() * 1000
 
     def state(self, seen: Seen | None) -> Expect:
         """Return the version of a live entry, or ABSENT."""

@@ -35,7 +35,13 @@ _LATER: Final = {
 }
 _NOT_SENT: Final = (theirs.EndpointConnectionError, theirs.ConnectTimeoutError, theirs.ProxyConnectionError)
 _NO_CREDENTIALS: Final = (theirs.NoCredentialsError, theirs.PartialCredentialsError, theirs.CredentialRetrievalError)
-_MALFORMED: Final = (TypeError, ValueError, theirs.ProfileNotFound, theirs.InvalidRegionError, theirs.ParamValidationError)
+_MALFORMED: Final = (
+    TypeError,
+    ValueError,
+    theirs.ProfileNotFound,
+    theirs.InvalidRegionError,
+    theirs.ParamValidationError,
+)
 
 _T = TypeVar("_T")
 
@@ -148,7 +154,7 @@ class S3Store:
     def _translated(self, error: Exception, writes: str | None) -> Exception:
         cause = error if isinstance(error, theirs.ClientError) else error.__cause__
         if isinstance(cause, theirs.ClientError):
-            told_of: Any = cause.response
+            told_of = cast("dict[str, Any]", cause.response)
             code, status = str(told_of["Error"].get("Code")), told_of["ResponseMetadata"].get("HTTPStatusCode", 0)
             return self._answered(code, status, f"{self.where}: {code}: {told(cause)}", writes)
         message = f"{self.where}: {told(error)}"
@@ -224,7 +230,7 @@ class _Empty(Exception):
 
 def _without_asking(params: dict[str, Any], **_: Any) -> None:
     """Send a small body at once: asking first whether it is welcome is a round trip of its own."""
-    if params["headers"].get("Expect") and (utils.determine_content_length(params["body"]) or 0) <= _SMALL:
+    if params["headers"].get("Expect") and (cast(Any, utils).determine_content_length(params["body"]) or 0) <= _SMALL:
         del params["headers"]["Expect"]
 
 

@@ -400,13 +400,14 @@ class UnknownScheme(BadRequest):
 
     code = "KV419"
 
-    def __init__(self, scheme: str, suggestion: str, known: tuple[str, ...]) -> None:
-        super().__init__(scheme, suggestion, known)
-        self.scheme, self.suggestion, self.known = scheme, suggestion, known
+    def __init__(self, scheme: str, suggestion: str, known: tuple[str, ...], hint: str = "") -> None:
+        super().__init__(scheme, suggestion, known, hint)
+        self.scheme, self.suggestion, self.known, self.hint = scheme, suggestion, known, hint
 
     def __str__(self) -> str:
         meant = f" Did you mean {self.suggestion!r}?" if self.suggestion else ""
-        return f"no driver for {self.scheme!r}.{meant} Known: {', '.join(self.known)}"
+        hint = f". {self.hint}" if self.hint else ""
+        return f"no driver for {self.scheme!r}.{meant} Known: {', '.join(self.known)}{hint}"
 
 
 class MalformedRecord(BadRequest):

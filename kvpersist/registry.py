@@ -3,7 +3,8 @@
 A driver is an entry point of the group ``kvpersist.drivers``: its name is the scheme, its object a
 class with ``api``, ``Options`` and ``open`` (`kvpersist.driver.DriverClass`). kvpersist's own drivers
 come the same way. Names are read without importing anything; one driver is imported when its scheme
-is asked for, and one that cannot be imported does not stand in the way of the others.
+is asked for, and one that cannot be imported does not stand in the way of the others. A scheme that
+nobody registered is looked for among fsspec's, and served by the driver of ``fsspec`` if it is there.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ __all__ = ["DriverInfo", "driver_class", "list_drivers", "refresh", "schemes"]
 
 _GROUP: Final = "kvpersist.drivers"
 _OWN_DISTRIBUTION: Final = "kvpersist"
+_CATCH_ALL: Final = "fsspec"  # the scheme whose driver takes those that fsspec knows
 
 
 class DriverInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +53,8 @@ def driver_class(scheme: str) -> DriverClass:
         return loaded
     claims = _registered().get(scheme)
     if claims is None:
+        if _CATCH_ALL in _registered() and _known_to_fsspec(scheme):
+            return driver_class(_CATCH_ALL)
         raise _unknown(scheme)
     point, rivals = claims[0], claims[1:]
     if rivals and not _is_own(point):
@@ -114,7 +118,26 @@ def _unknown(scheme: str) -> UnknownScheme:
 
     known = schemes()
     near = get_close_matches(scheme, known, n=1, cutoff=0.5)
-    return UnknownScheme(scheme, near[0] if near else "", known)
+    hint = "" if _has_fsspec() else "Schemes of fsspec need pip install 'kvpersist[fsspec]'"
+    return UnknownScheme(scheme, near[0] if near else "", known, hint)
+
+
+def _known_to_fsspec(scheme: str) -> bool:
+    """Imports fsspec, if it is installed; its file systems stay where they are."""
+    if not _has_fsspec():
+        return False
+    from fsspec.registry import known_implementations  # pyright: ignore[reportMissingImports, reportUnknownVariableType]
+
+    return scheme in known_implementations
+
+
+def _has_fsspec() -> bool:
+    from importlib.util import find_spec
+
+    try:
+        return find_spec("fsspec") is not None
+    except ValueError:  # what stands for it is no module
+        return False
 
 
 def refresh() -> None:

@@ -7,6 +7,7 @@
 ``rel.db``, ``/var/lib/abs.db``   a path that ends in .db, .sqlite or .sqlite3 is a SQLite file
 ``file:///var/lib/dir``           a folder of files, by its absolute path
 ``./dir/``, ``/var/lib/dir/``     a path that ends in a slash is a folder of files
+``dir::memory://bucket/p``        a chain, whose parts ``::`` joins, is fsspec's as a whole
 ``{"type": "sqlite", ...}``       the driver's options and the store's settings by name
 ``{"url": "sqlite:///x.db", ..}``  a URL, and more options beside it; ``type`` may stand there too
 ================================  =================================================================
@@ -56,9 +57,10 @@ Where: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
 
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}  # seconds
 _DURATION: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d|w)")
+_CHAIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://[^?#]*)?::[A-Za-z][A-Za-z0-9+.-]*(://|::)")  # of two URLs
 _SQLITE_FILE: Final = (".db", ".sqlite", ".sqlite3")
 _SECRET: Final = re.compile(
-    r"(?i)(pass|secret|token|credential|signature|api_?key|access_?key|account_?key|^sig$|^key$)"
+    r"(?i)(pass|secret|token|credential|signature|api_?key|access_?key|account_?key|connection_?string|^sig$|^key$)"
 )
 _PIECES: Final = ("url", "host", "port", "username", "password", "path", "params", "name")
 
@@ -149,6 +151,10 @@ def split(url: str) -> tuple[UrlParts, dict[str, str]]:
                 f"{_clip(url)!r} is neither a URL nor a .db file nor a folder/: write sqlite:///data.db or memory://",
             )
         return UrlParts(scheme="sqlite", path=url, url=url), {}
+    if _CHAIN.match(url):
+        theirs, params, ours = _split_query(url.partition("?")[2])
+        whole = url.partition("?")[0] + (f"?{theirs}" if theirs else "")
+        return UrlParts(scheme="fsspec", params=params, url=whole), ours
     scheme, rest = url.split("://", 1)
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
         raise BadOption("url", f"a scheme has letters, digits, '+', '-' and '.', not {_clip(scheme)!r}")

@@ -205,6 +205,7 @@ class MongoDriver:
             server = f"FerretDB {told['ferretdbVersion']} for {server}"
             self._turns = Turns(self._database.get_collection(f"{self._collection}_turn"), self._errors)
             await self._turns.prepare()
+            self._entries.finds_one_only = True
         native = await self._entries.expire_by_index()
         self.capabilities = structs.replace(self.capabilities, server=server, ttl="native" if native else "swept")
 

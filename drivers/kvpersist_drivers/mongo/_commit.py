@@ -126,7 +126,7 @@ class Commit:
         for op in run.batch.ops[run.at :]:
             act = self._act(op)
             if first is not None and act is not first:
-                if first is _Act.SET and act is _Act.SWAP and not self._foreseen(run, op):
+                if first is _Act.SET and act is _Act.SWAP and self._turns is None and not self._foreseen(run, op):
                     wave.setdefault(act, []).append(_Step(run, op))
                 return
             if first is None and self._foreseen(run, op):
@@ -198,6 +198,8 @@ class Commit:
                 self._fail(run, op, found[op.key])
 
     async def _replace(self, sets: Sequence[_Step], swaps: Sequence[_Step]) -> None:
+        if self._turns is not None and swaps:
+            swaps = await self._still(swaps)
         steps = [*sets, *swaps]
         if not steps:
             return
@@ -241,11 +243,24 @@ class Commit:
 
     def _request(self, run: _Run, op: Put) -> ReplaceOne[dict[str, Any]]:
         stored = document(op, run.batch.version)
-        if op.expect is None:
+        if op.expect is None or self._turns is not None:
             return ReplaceOne({"_id": op.key}, stored, upsert=True)
         if op.expect is ABSENT:
             return ReplaceOne({"_id": op.key, "r": self._expired[op.key]}, stored)
-        return ReplaceOne({"_id": op.key, "r": op.expect, "e": {"$not": {"$lte": self._moment}}}, stored)
+        return ReplaceOne(self._condition(op), stored)
+
+    def _condition(self, op: Put | Delete) -> dict[str, Any]:
+        if self._turns is not None:  # it was looked at, and nobody else writes
+            return {"_id": op.key}
+        return {"_id": op.key, "r": op.expect, "e": {"$not": {"$lte": self._moment}}}
+
+    async def _still(self, steps: Sequence[_Step]) -> list[_Step]:
+        """Fail those of ``steps`` whose key is not as expected, and return the others."""
+        found = await self._look(steps)
+        for run, op in steps:
+            if found[op.key] != op.expect:
+                self._fail(run, op, found[op.key])
+        return [step for step in steps if found[step.op.key] == step.op.expect]
 
     async def _remove(self, steps: Sequence[_Step]) -> None:
         if not steps:
@@ -259,19 +274,12 @@ class Commit:
 
     async def _remove_if(self, steps: Sequence[_Step]) -> None:
         """Look first where there are several: what was deleted cannot be told from what never was."""
-        if len(steps) > 1:
-            found = await self._look(steps)
-            for run, op in steps:
-                if found[op.key] != op.expect:
-                    self._fail(run, op, found[op.key])
-            steps = [step for step in steps if found[step.op.key] == step.op.expect]
+        if len(steps) > 1 or (steps and self._turns is not None):
+            steps = await self._still(steps)
         if not steps:
             return
         self._sending(steps)
-        deleted = await self._entries.delete(
-            [DeleteOne({"_id": op.key, "r": op.expect, "e": {"$not": {"$lte": self._moment}}}) for _, op in steps],
-            ordered=False,
-        )
+        deleted = await self._entries.delete([DeleteOne(self._condition(op)) for _, op in steps], ordered=False)
         self._sent = ()
         found = {} if deleted or len(steps) > 1 else await self._look(steps)
         for run, op in steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -21,6 +22,7 @@ __all__ = ["MAX_KEY_BYTES", "MAX_VALUE_BYTES", "Entries", "document", "entry_of"
 MAX_KEY_BYTES: Final = 1024
 MAX_VALUE_BYTES: Final = (16 << 20) - 2048  # of a document of 16 MiB, less the key and 50 bytes of BSON
 PAGE: Final = 1000  # entries of one answer
+_SINGLY: Final = 16  # keys at most that are asked for one by one, side by side, where the server finds only one
 
 _BEGIN: Final = datetime(1970, 1, 1)  # noqa: DTZ001  # PyMongo's datetimes are UTC and naive
 _LAST: Final = 253_402_300_799_999  # milliseconds: the end of year 9999, the last that a datetime can say
@@ -58,6 +60,7 @@ class Entries:
 
     def __init__(self, database: Any, name: str, errors: Translator) -> None:
         self.errors = errors
+        self.finds_one_only = False  # the server reads every document, unless it is asked for one by its ``_id``
         given: WriteConcern = database.client.write_concern
         self._collection = database.get_collection(
             name,
@@ -145,6 +148,9 @@ class Entries:
             return (await self._collection.delete_many({"_id": {"$in": keys}, "e": {"$lte": now}})).deleted_count
 
     async def _find(self, keys: Sequence[str], fields: dict[str, int] | None = None) -> list[dict[str, Any]]:
+        if self.finds_one_only and 1 < len(keys) <= _SINGLY:
+            answers = await asyncio.gather(*(self._find([key], fields) for key in keys))
+            return [found for answer in answers for found in answer]
         found: list[dict[str, Any]] = []
         for at in range(0, len(keys), PAGE):
             page = keys[at : at + PAGE]

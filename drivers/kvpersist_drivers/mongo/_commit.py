@@ -14,7 +14,6 @@ are not found are `CommitUnknown`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from datetime import datetime
 from enum import Enum, auto
 from typing import Any, Final, NamedTuple
 
@@ -104,8 +103,7 @@ class Commit:
         wave: dict[_Act, list[_Step]] = {}
         waiting: set[str] = set()  # keys of batches that come first
         for run in list(self._left.values()):
-            ops = run.batch.ops
-            keys = [op.key for op in ops[run.at :]] if len(ops) > 1 else [ops[0].key]
+            keys = [op.key for op in run.batch.ops[run.at :]]
             if waiting.isdisjoint(keys):
                 self._take(run, wave)
             if run.place in self._left:
@@ -179,7 +177,7 @@ class Commit:
     async def _insert(self, steps: Sequence[_Step]) -> None:
         if not steps:
             return
-        self._sending(steps)
+        self._sent = steps
         failed = await self._entries.insert([document(op, run.batch.version) for run, op in steps])
         self._sent = ()
         taken: list[_Step] = []
@@ -206,7 +204,7 @@ class Commit:
         ordered = len({step.run.place for step in steps}) < len(steps)
         if ordered and swaps:
             steps.sort(key=lambda step: step.run.place)  # stable: a batch's own order is kept
-        self._sending(steps)
+        self._sent = steps
         made, failed = await self._entries.replace([self._request(*step) for step in steps], ordered=ordered)
         self._sent = ()
         end = min(failed, default=len(steps)) if ordered else len(steps)  # from there on nothing was tried
@@ -265,7 +263,7 @@ class Commit:
     async def _remove(self, steps: Sequence[_Step]) -> None:
         if not steps:
             return
-        self._sending(steps)
+        self._sent = steps
         ordered = len({step.run.place for step in steps}) < len(steps)
         await self._entries.delete([DeleteOne({"_id": step.op.key}) for step in steps], ordered=ordered)
         self._sent = ()
@@ -278,7 +276,7 @@ class Commit:
             steps = await self._still(steps)
         if not steps:
             return
-        self._sending(steps)
+        self._sent = steps
         deleted = await self._entries.delete([DeleteOne(self._condition(op)) for _, op in steps], ordered=False)
         self._sent = ()
         found = {} if deleted or len(steps) > 1 else await self._look(steps)
@@ -291,11 +289,6 @@ class Commit:
                 self._end(run, CommitUnknown(_keys(run), "somebody wrote the same keys at the same time"))
 
     # ---- what became of it
-
-    def _sending(self, steps: Sequence[_Step]) -> None:
-        if self._turns is not None:
-            self._turns.check()
-        self._sent = steps
 
     def _did(self, run: _Run, op: Op, now: Expect) -> None:
         self._known[op.key] = now

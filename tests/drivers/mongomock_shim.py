@@ -7,22 +7,33 @@ the arguments that PyMongo passes since 4.11, so bulks are done one by one.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import mongomock
 from pymongo import DeleteOne
+from pymongo.errors import OperationFailure
 from pymongo.write_concern import WriteConcern
 
 __all__ = ["MockClient"]
 
 
 class MockClient:
-    """Like ``AsyncMongoClient``; ``commands`` are those that a server would have received."""
+    """Like ``AsyncMongoClient``. Without ``ttl`` it refuses the index that removes what expired by the real clock.
 
-    def __init__(self) -> None:
+    Attributes:
+        commands: those that a server would have received.
+        after: what happens once, right after a command of that name.
+        fail: what commands of that name raise instead.
+    """
+
+    def __init__(self, *, ttl: bool = True) -> None:
+        self.ttl = ttl
         self.mock: Any = mongomock.MongoClient()
         self.write_concern = WriteConcern()
         self.commands: list[str] = []
+        self.after: dict[str, Callable[[], object]] = {}
+        self.fail: dict[str, Exception] = {}
 
     @property
     def admin(self) -> MockClient:
@@ -37,10 +48,15 @@ class MockClient:
     async def close(self) -> None:
         self.mock.close()
 
-    async def _sent(self, name: str, act: Any) -> Any:
+    async def _sent(self, name: str, act: Callable[[], Any]) -> Any:
         self.commands.append(name)
         await asyncio.sleep(0)
-        return act()
+        if name in self.fail:
+            raise self.fail[name]
+        try:
+            return act()
+        finally:
+            self.after.pop(name, lambda: None)()
 
 
 class _Database:
@@ -56,6 +72,8 @@ class _Collection:
         self._client, self._mock = client, mock
 
     async def create_index(self, *arguments: Any, **options: Any) -> str:
+        if not self._client.ttl:
+            raise OperationFailure("not implemented", 238)
         return await self._client._sent("createIndexes", lambda: self._mock.create_index(*arguments, **options))
 
     def find(self, *arguments: Any, **options: Any) -> _Cursor:

@@ -24,7 +24,7 @@ from urllib.parse import parse_qsl, unquote
 from msgspec import Meta, Struct, structs
 
 from kvpersist.driver import Batch, Capabilities, Clock, Committed, Entry, milliseconds, needs_extra
-from kvpersist.errors import BadOption, CommitUnknown, StoreClosed, Unsupported
+from kvpersist.errors import BadOption, CommitUnknown, KvError, StoreClosed, Unsupported
 from kvpersist.pooling import PoolOptions
 from kvpersist.urls import UrlParts, redact
 
@@ -40,6 +40,7 @@ with needs_extra("mongo", module="pymongo"):
 __all__ = ["MongoDriver", "MongoOptions"]
 
 _CLOSE_SECONDS: Final = 2.0  # that calls under way have when the driver is closed
+_GRACE: Final = 1.0  # seconds that a call has to end whose caller was cancelled
 _TLS: Final[dict[str, dict[str, Any]]] = {
     "false": {"tls": False},
     "disable": {"tls": False},
@@ -154,7 +155,7 @@ class MongoDriver:
             return await self._call(Commit(self._entries, batches, self.clock(), None).run(), writes=True)
         if not any(batch.ops for batch in batches):
             return [Committed(batch.version) for batch in batches]
-        return await self._call(self._commit_in_turn(batches, self._turns), writes=True, whole=True)
+        return await self._call(self._commit_in_turn(batches, self._turns), writes=True, ends=True)
 
     async def scan(
         self,
@@ -177,7 +178,7 @@ class MongoDriver:
     async def compact(self, limit: int = 500) -> int:
         """Remove at most ``limit`` expired entries."""
         self._check()
-        return await self._call(self._compact(limit), whole=self._turns is not None) if limit > 0 else 0
+        return await self._call(self._compact(limit), ends=self._turns is not None) if limit > 0 else 0
 
     async def ping(self) -> None:
         self._check()
@@ -205,36 +206,43 @@ class MongoDriver:
             server = f"FerretDB {told['ferretdbVersion']} for {server}"
             self._turns = Turns(self._database.get_collection(f"{self._collection}_turn"), self._errors)
             await self._turns.prepare()
+            self._entries.finds_one_only = True
         native = await self._entries.expire_by_index()
         self.capabilities = structs.replace(self.capabilities, server=server, ttl="native" if native else "swept")
 
     async def _commit_in_turn(self, batches: Sequence[Batch], turns: Turns) -> list[Committed | KvError]:
         async with turns:
-            return await Commit(self._entries, batches, self.clock(), turns).run()
+            return await turns.within(Commit(self._entries, batches, self.clock(), turns).run())
 
     async def _compact(self, limit: int) -> int:
         now = moment(milliseconds(self.clock()))
         if self._turns is None:
             return await self._entries.delete_expired(now, limit)
-        async with self._turns:
-            return await self._entries.delete_expired(now, limit)
+        async with self._turns as turns:
+            return await turns.within(self._entries.delete_expired(now, limit))
 
-    async def _call(
-        self, work: Coroutine[Any, Any, _Answer], *, writes: bool = False, whole: bool = False
-    ) -> _Answer:
-        """Do ``work`` so that `close` can end it; ``whole``: a caller who is cancelled does not take it along."""
+    async def _call(self, work: Coroutine[Any, Any, _Answer], *, writes: bool = False, ends: bool = False) -> _Answer:
+        """Do ``work`` in a task of its own, which `close` can end.
+
+        A cancelled caller leaves at once, and the work is cancelled a little later: PyMongo forgets to
+        close a socket where it is cancelled while connecting, and has to drop the connection where it
+        is cancelled while waiting for an answer. Work that ``ends`` by itself is left alone.
+        """
         call = asyncio.ensure_future(work)
         self._under_way.add(call)
         call.add_done_callback(self._ended)
         try:
-            return await (asyncio.shield(call) if whole else call)
+            return await asyncio.shield(call)
         except asyncio.CancelledError:
             me = asyncio.current_task()
-            if not (self._closed and call.cancelled()) or (me is not None and me.cancelling()):
-                raise
-            if writes:
-                raise CommitUnknown((), "the store was closed") from None
-            raise StoreClosed("the store was closed: open it again") from None
+            if self._closed and call.cancelled() and not (me is not None and me.cancelling()):
+                if writes:
+                    raise CommitUnknown((), "the store was closed") from None
+                raise StoreClosed("the store was closed: open it again") from None
+            if not (ends or call.done()):
+                later = asyncio.get_running_loop().call_later(_GRACE, call.cancel)
+                call.add_done_callback(lambda _: later.cancel())
+            raise
 
     def _ended(self, call: asyncio.Future[Any]) -> None:
         self._under_way.discard(call)

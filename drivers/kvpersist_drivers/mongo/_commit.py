@@ -14,7 +14,6 @@ are not found are `CommitUnknown`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from datetime import datetime
 from enum import Enum, auto
 from typing import Any, Final, NamedTuple
 
@@ -104,8 +103,7 @@ class Commit:
         wave: dict[_Act, list[_Step]] = {}
         waiting: set[str] = set()  # keys of batches that come first
         for run in list(self._left.values()):
-            ops = run.batch.ops
-            keys = [op.key for op in ops[run.at :]] if len(ops) > 1 else [ops[0].key]
+            keys = [op.key for op in run.batch.ops[run.at :]]
             if waiting.isdisjoint(keys):
                 self._take(run, wave)
             if run.place in self._left:
@@ -126,7 +124,7 @@ class Commit:
         for op in run.batch.ops[run.at :]:
             act = self._act(op)
             if first is not None and act is not first:
-                if first is _Act.SET and act is _Act.SWAP and not self._foreseen(run, op):
+                if first is _Act.SET and act is _Act.SWAP and self._turns is None and not self._foreseen(run, op):
                     wave.setdefault(act, []).append(_Step(run, op))
                 return
             if first is None and self._foreseen(run, op):
@@ -179,7 +177,7 @@ class Commit:
     async def _insert(self, steps: Sequence[_Step]) -> None:
         if not steps:
             return
-        self._sending(steps)
+        self._sent = steps
         failed = await self._entries.insert([document(op, run.batch.version) for run, op in steps])
         self._sent = ()
         taken: list[_Step] = []
@@ -198,13 +196,15 @@ class Commit:
                 self._fail(run, op, found[op.key])
 
     async def _replace(self, sets: Sequence[_Step], swaps: Sequence[_Step]) -> None:
+        if self._turns is not None and swaps:
+            swaps = await self._still(swaps)
         steps = [*sets, *swaps]
         if not steps:
             return
         ordered = len({step.run.place for step in steps}) < len(steps)
         if ordered and swaps:
             steps.sort(key=lambda step: step.run.place)  # stable: a batch's own order is kept
-        self._sending(steps)
+        self._sent = steps
         made, failed = await self._entries.replace([self._request(*step) for step in steps], ordered=ordered)
         self._sent = ()
         end = min(failed, default=len(steps)) if ordered else len(steps)  # from there on nothing was tried
@@ -241,16 +241,29 @@ class Commit:
 
     def _request(self, run: _Run, op: Put) -> ReplaceOne[dict[str, Any]]:
         stored = document(op, run.batch.version)
-        if op.expect is None:
+        if op.expect is None or self._turns is not None:
             return ReplaceOne({"_id": op.key}, stored, upsert=True)
         if op.expect is ABSENT:
             return ReplaceOne({"_id": op.key, "r": self._expired[op.key]}, stored)
-        return ReplaceOne({"_id": op.key, "r": op.expect, "e": {"$not": {"$lte": self._moment}}}, stored)
+        return ReplaceOne(self._condition(op), stored)
+
+    def _condition(self, op: Put | Delete) -> dict[str, Any]:
+        if self._turns is not None:  # it was looked at, and nobody else writes
+            return {"_id": op.key}
+        return {"_id": op.key, "r": op.expect, "e": {"$not": {"$lte": self._moment}}}
+
+    async def _still(self, steps: Sequence[_Step]) -> list[_Step]:
+        """Fail those of ``steps`` whose key is not as expected, and return the others."""
+        found = await self._look(steps)
+        for run, op in steps:
+            if found[op.key] != op.expect:
+                self._fail(run, op, found[op.key])
+        return [step for step in steps if found[step.op.key] == step.op.expect]
 
     async def _remove(self, steps: Sequence[_Step]) -> None:
         if not steps:
             return
-        self._sending(steps)
+        self._sent = steps
         ordered = len({step.run.place for step in steps}) < len(steps)
         await self._entries.delete([DeleteOne({"_id": step.op.key}) for step in steps], ordered=ordered)
         self._sent = ()
@@ -259,19 +272,12 @@ class Commit:
 
     async def _remove_if(self, steps: Sequence[_Step]) -> None:
         """Look first where there are several: what was deleted cannot be told from what never was."""
-        if len(steps) > 1:
-            found = await self._look(steps)
-            for run, op in steps:
-                if found[op.key] != op.expect:
-                    self._fail(run, op, found[op.key])
-            steps = [step for step in steps if found[step.op.key] == step.op.expect]
+        if len(steps) > 1 or (steps and self._turns is not None):
+            steps = await self._still(steps)
         if not steps:
             return
-        self._sending(steps)
-        deleted = await self._entries.delete(
-            [DeleteOne({"_id": op.key, "r": op.expect, "e": {"$not": {"$lte": self._moment}}}) for _, op in steps],
-            ordered=False,
-        )
+        self._sent = steps
+        deleted = await self._entries.delete([DeleteOne(self._condition(op)) for _, op in steps], ordered=False)
         self._sent = ()
         found = {} if deleted or len(steps) > 1 else await self._look(steps)
         for run, op in steps:
@@ -283,11 +289,6 @@ class Commit:
                 self._end(run, CommitUnknown(_keys(run), "somebody wrote the same keys at the same time"))
 
     # ---- what became of it
-
-    def _sending(self, steps: Sequence[_Step]) -> None:
-        if self._turns is not None:
-            self._turns.check()
-        self._sent = steps
 
     def _did(self, run: _Run, op: Op, now: Expect) -> None:
         self._known[op.key] = now

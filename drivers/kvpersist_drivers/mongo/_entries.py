@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from bson.codec_options import CodecOptions
 from pymongo import DeleteOne, ReadPreference, ReplaceOne
@@ -21,7 +22,9 @@ __all__ = ["MAX_KEY_BYTES", "MAX_VALUE_BYTES", "Entries", "document", "entry_of"
 MAX_KEY_BYTES: Final = 1024
 MAX_VALUE_BYTES: Final = (16 << 20) - 2048  # of a document of 16 MiB, less the key and 50 bytes of BSON
 PAGE: Final = 1000  # entries of one answer
+_SINGLY: Final = 16  # keys at most that are asked for one by one, side by side, where the server finds only one
 
+_SKEW: Final = 60  # seconds that an expired document stays: the server's clock may be ahead of ours
 _BEGIN: Final = datetime(1970, 1, 1)  # noqa: DTZ001  # PyMongo's datetimes are UTC and naive
 _LAST: Final = 253_402_300_799_999  # milliseconds: the end of year 9999, the last that a datetime can say
 _NO_VALUE: Final = {"v": 0}
@@ -58,6 +61,7 @@ class Entries:
 
     def __init__(self, database: Any, name: str, errors: Translator) -> None:
         self.errors = errors
+        self.finds_one_only = False  # the server reads every document, unless it is asked for one by its ``_id``
         given: WriteConcern = database.client.write_concern
         self._collection = database.get_collection(
             name,
@@ -71,7 +75,7 @@ class Entries:
         """Ask the server to remove what has expired; whether it will."""
         with self.errors.reading():
             try:
-                await self._collection.create_index("e", expireAfterSeconds=0)
+                await self._collection.create_index("e", expireAfterSeconds=_SKEW)
             except OperationFailure:  # it cannot, or this user may not ask for it
                 return False
         return True
@@ -123,7 +127,7 @@ class Entries:
             try:
                 told: dict[str, Any] = (await self._collection.bulk_write(requests, ordered=ordered)).bulk_api_result
             except BulkWriteError as error:
-                told, failed = error.details or {}, self._failed(error)
+                told, failed = cast("dict[str, Any]", error.details), self._failed(error)
             else:
                 failed = {}
         return told["nMatched"] + told["nUpserted"], failed
@@ -145,6 +149,9 @@ class Entries:
             return (await self._collection.delete_many({"_id": {"$in": keys}, "e": {"$lte": now}})).deleted_count
 
     async def _find(self, keys: Sequence[str], fields: dict[str, int] | None = None) -> list[dict[str, Any]]:
+        if self.finds_one_only and 1 < len(keys) <= _SINGLY:
+            answers = await asyncio.gather(*(self._find([key], fields) for key in keys))
+            return [found for answer in answers for found in answer]
         found: list[dict[str, Any]] = []
         for at in range(0, len(keys), PAGE):
             page = keys[at : at + PAGE]
@@ -155,7 +162,7 @@ class Entries:
         return found
 
     def _failed(self, error: BulkWriteError) -> dict[int, KvError | None]:
-        details: dict[str, Any] = error.details or {}
+        details: Any = error.details or {}
         if details.get("writeConcernErrors"):  # done here, and perhaps lost with this server
             raise CommitUnknown((), f"{self.errors.where}: {details['writeConcernErrors'][0].get('errmsg')}") from error
         return {told["index"]: self._refusal(told) for told in details.get("writeErrors", ())}

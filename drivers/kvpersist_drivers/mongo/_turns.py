@@ -15,15 +15,19 @@ import asyncio
 import os
 import random
 import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Self, TypeVar
 
 from pymongo.errors import DuplicateKeyError
 
-from kvpersist.errors import Busy, KvError
+from kvpersist.errors import Busy, CommitUnknown, KvError, Unavailable
 from kvpersist_drivers.mongo._errors import Translator
 
 __all__ = ["Turns"]
+
+_Answer = TypeVar("_Answer")
 
 _LEASE: Final = 15.0  # seconds
 _LONGEST: Final = 8.0  # seconds
@@ -49,13 +53,14 @@ class Turns:
         with self._errors.reading():
             await self._collection.create_index("turn", unique=True)
 
-    async def __aenter__(self) -> None:
+    async def __aenter__(self) -> Self:
         await self._queue.acquire()
         try:
             await self._take()
         except BaseException:
             self._queue.release()
             raise
+        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -69,10 +74,14 @@ class Turns:
         finally:
             self._queue.release()
 
-    def check(self) -> None:
-        """Raise where this turn has lasted so long that another may soon take its holder for dead."""
-        if time.monotonic() - self._since > _LONGEST:
-            raise Busy(f"{self._errors.where}: the commit took more than {_LONGEST:g} s: write fewer keys at once")
+    async def within(self, work: Coroutine[Any, Any, _Answer]) -> _Answer:
+        """Do ``work``, which the holder of a turn may not wait for longer than it lasts."""
+        try:
+            async with asyncio.timeout(self._since + _LONGEST - time.monotonic()):
+                return await work
+        except TimeoutError as error:
+            self.unsettled()
+            raise CommitUnknown((), f"{self._errors.where}: no answer in {_LONGEST:g} s") from error
 
     def unsettled(self) -> None:
         """The answer to a write was lost: it may still be going on, so the turn is not given back at once."""
@@ -97,7 +106,7 @@ class Turns:
             await asyncio.sleep(_PAUSE * (0.5 + random.random()))
 
     async def _inserted(self) -> bool:
-        with self._errors.reading():
+        async with self._asking():
             try:
                 await self._collection.insert_one({"_id": self._token, "turn": 1})
             except DuplicateKeyError:
@@ -106,7 +115,7 @@ class Turns:
 
     async def _give_back(self) -> None:
         assert self._left is not None
-        with self._errors.reading():
+        async with self._asking():
             await self._collection.delete_one({"_id": self._left[0]})
         self._left = None
 
@@ -114,10 +123,19 @@ class Turns:
         now = time.monotonic()
         if self._seen is not None and now - self._seen[1] < _LEASE and random.random() < 0.9:
             return  # asked for often enough to see that it changed
-        with self._errors.reading():
+        async with self._asking():
             holder = await self._collection.find_one({"turn": 1})
             token = None if holder is None else holder["_id"]
             if self._seen is None or self._seen[0] != token:
                 self._seen = None if token is None else (token, now)
             elif now - self._seen[1] >= _LEASE:
                 await self._collection.delete_one({"_id": token})
+
+    @asynccontextmanager
+    async def _asking(self) -> AsyncIterator[None]:
+        try:
+            with self._errors.reading():
+                async with asyncio.timeout(_LONGEST):
+                    yield
+        except TimeoutError as error:
+            raise Unavailable(f"{self._errors.where}: no answer in {_LONGEST:g} s") from error

@@ -1173,20 +1173,18 @@ class DriverContract(ABC, Generic[D]):
 
     # -- streams -------------------------------------------------------------------------------
 
-    @pytest.mark.parametrize("sizes", [(), (0,), (1, 0, 2), (300_000, 5, 300_000, 700_000)], ids=str)
-    async def test_what_is_streamed_is_stored_as_one_value_and_can_be_streamed_back(
-        self, driver: D, sizes: tuple[int, ...]
-    ) -> None:
+    async def test_what_is_streamed_is_stored_as_one_value_and_can_be_streamed_back(self, driver: D) -> None:
         streams = _streams(driver)
-        value = os.urandom(sum(sizes))
+        for sizes in ((), (0,), (1, 0, 2), (300_000, 5, 300_000, 700_000)):
+            value = os.urandom(sum(sizes))
 
-        outcome = await streams.write_stream("c:a", _pieces(value, sizes), version=b"version1")
+            outcome = await streams.write_stream("c:a", _pieces(value, sizes), version=b"version1")
 
-        assert outcome == Committed(b"version1")
-        assert await driver.get(["c:a"]) == [Entry("c:a", value, b"version1")]
-        assert await _streamed(driver, "c:a") == (Entry("c:a", b"", b"version1"), value)
-        assert await self.peek(driver, "c:a") == value
-        assert [entry.key for entry in await driver.scan(None, None, limit=5)] == ["c:a"]
+            assert outcome == Committed(b"version1")
+            assert await driver.get(["c:a"]) == [Entry("c:a", value, b"version1")]
+            assert await _streamed(driver, "c:a") == (Entry("c:a", b"", b"version1"), value)
+            assert await self.peek(driver, "c:a") == value
+            assert [entry.key for entry in await driver.scan(None, None, limit=5)] == ["c:a"]
 
     async def test_what_was_put_can_be_streamed_and_what_is_not_there_cannot(self, driver: D) -> None:
         streams = _streams(driver)

@@ -36,16 +36,21 @@ def _name() -> str:
     return f"t{uuid.uuid4().hex[:12]}"
 
 
-def _bucket(variables: dict[str, str], kind: str) -> Where:
-    told = {name.removeprefix("KVPERSIST_TEST_"): value for name, value in variables.items()}
-    if kind == "s3":
-        params = {"endpoint_url": told["S3_ENDPOINT"], "key": told["S3_KEY"], "secret": told["S3_SECRET"]}
-        return {"type": "s3", "url": f"{told['S3_URL']}/{_name()}", "params": params}
-    if kind == "gs":
-        params = {"endpoint_url": told["GCS_ENDPOINT"], "token": "anon"}
-        return {"type": "gs", "url": f"{told['GCS_URL']}/{_name()}".replace("gcs://", "gs://"), "params": params}
-    params = {"connection_string": told["AZURE_CONNECTION_STRING"]}
-    return {"type": "az", "url": f"{told['AZURE_URL']}/{_name()}", "params": params}
+def _s3(told: dict[str, str], _: Path) -> Where:
+    credentials = {"key": told["KVPERSIST_TEST_S3_KEY"], "secret": told["KVPERSIST_TEST_S3_SECRET"]}
+    endpoint = told["KVPERSIST_TEST_S3_ENDPOINT"]
+    return {"url": f"{told['KVPERSIST_TEST_S3_URL']}/{_name()}", "endpoint_url": endpoint, **credentials}
+
+
+def _gcs(told: dict[str, str], _: Path) -> Where:
+    endpoint = told["KVPERSIST_TEST_GCS_ENDPOINT"]
+    url = f"{told['KVPERSIST_TEST_GCS_URL']}/{_name()}"
+    return {"url": url, "endpoint_url": endpoint, "token": "anon", "project": "test"}
+
+
+def _azure(told: dict[str, str], _: Path) -> Where:
+    connection = told["KVPERSIST_TEST_AZURE_CONNECTION_STRING"]
+    return {"url": f"{told['KVPERSIST_TEST_AZURE_URL']}/{_name()}", "connection_string": connection}
 
 
 _ALL: Final = (
@@ -71,9 +76,9 @@ _ALL: Final = (
     Place("mongo", lambda told, _: {"url": told["KVPERSIST_TEST_MONGO_URL"], "collection": _name()}, "mongo"),
     Place("postgres", lambda told, _: {"url": told["KVPERSIST_TEST_POSTGRES_URL"], "table": _name()}, "postgres"),
     Place("mysql", lambda told, _: {"url": told["KVPERSIST_TEST_MYSQL_URL"], "table": _name()}, "mariadb"),
-    Place("s3", lambda told, _: _bucket(told, "s3"), "s3", keys=20_000),
-    Place("gcs", lambda told, _: _bucket(told, "gs"), "gcs", keys=20_000),
-    Place("azure", lambda told, _: _bucket(told, "az"), "azure", keys=20_000),
+    Place("s3", _s3, "s3", keys=20_000),
+    Place("gcs", _gcs, "gcs", keys=20_000),
+    Place("azure", _azure, "azure", keys=20_000),
 )
 
 _ONLY: Final = os.environ.get("KVPERSIST_TEST_DRIVERS", "")  # names, for those who work on one driver

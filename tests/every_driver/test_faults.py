@@ -28,19 +28,20 @@ def proxied(
 ) -> Iterator[tuple[Proxy, Where]]:
     """An empty place of a driver, reached through a proxy."""
     where = request.param.make(service(request.param.service), tmp_path)
-    inner, name = (where["params"], _endpoint(where["params"])) if "params" in where else (where, "url")
-    address = inner[name]
-    start = address.index("http://") if name == "connection_string" else 0
-    end = address.find(";", start) if name == "connection_string" else len(address)
-    with Proxy.before(address[start:end]) as proxy:
-        inner[name] = address[:start] + proxy.url + address[end:]
-        if where.get("url", "").startswith("mongodb:"):
-            where["url"] += "?directConnection=true"
+    name = next(name for name in ("connection_string", "endpoint_url", "url") if name in where)
+    before, address, after = _parted(where[name])
+    with Proxy.before(address) as proxy:
+        where[name] = before + proxy.url + after
+        if proxy.url.startswith("mongodb:"):
+            where[name] += "?directConnection=true"  # not to the address that the server gives itself
         yield proxy, where
 
 
-def _endpoint(params: dict[str, Any]) -> str:
-    return "endpoint_url" if "endpoint_url" in params else "connection_string"
+def _parted(text: str) -> tuple[str, str, str]:
+    """An address, and what stands around it in a connection string."""
+    start = max(text.find("http://"), 0)
+    address, semicolon, after = text[start:].partition(";")
+    return text[:start], address, semicolon + after
 
 
 async def _within_deadline(call: Any) -> Any:
@@ -50,6 +51,11 @@ async def _within_deadline(call: Any) -> Any:
             return await call
     except KvError as error:
         return error
+
+
+async def _filled(where: Where) -> None:
+    async with kvpersist.open_store(where, timeout=60) as store:
+        await store.put_many({f"own:{number:03}": f"value {number}" for number in range(100)})
 
 
 async def _recovered(store: Store) -> None:
@@ -150,8 +156,8 @@ async def test_connections_cut_under_load_lose_nothing_acknowledged_and_mix_no_a
     proxy, where = proxied
     rng = random.Random(3)
     outcomes: dict[str, Any] = {}
+    await _filled(where)
     async with kvpersist.open_store(where, timeout=DEADLINE) as store:
-        await store.put_many({f"own:{number:03}": f"value {number}" for number in range(100)})
 
         async def worker(name: int) -> None:
             for step in range(12):
@@ -183,8 +189,8 @@ async def test_cancelled_calls_leave_no_answer_for_the_next_and_no_connection_be
 ) -> None:
     proxy, where = proxied
     rng = random.Random(5)
+    await _filled(where)
     async with kvpersist.open_store(where, timeout=20) as store:
-        await store.put_many({f"own:{number:03}": f"value {number}" for number in range(100)})
         proxy.delay(0.002, jitter=0.002)
 
         async def read(number: int) -> None:

@@ -15,6 +15,7 @@ from kvpersist.errors import BadKey, KeyTooLong, KvError
 from kvpersist.testing import AWKWARD_KEYS
 
 LIMIT = "k" * 512
+PATIENCE = 60.0  # seconds that a call may take where emulators share a machine
 HOSTILE = sorted(
     {
         *AWKWARD_KEYS,
@@ -39,7 +40,7 @@ class Note(msgspec.Struct, kw_only=True):
 
 
 async def test_each_hostile_key_is_its_own_and_the_listing_has_all_of_them_in_order(where: Where) -> None:
-    async with kvpersist.open_store(where) as store:
+    async with kvpersist.open_store(where, timeout=PATIENCE) as store:
         await store.put_many({key: f"value of {key}" for key in HOSTILE})
 
         assert await store.get_many(HOSTILE) == [f"value of {key}" for key in HOSTILE]
@@ -50,7 +51,7 @@ async def test_each_hostile_key_is_its_own_and_the_listing_has_all_of_them_in_or
 
 
 async def test_what_a_listing_of_a_hostile_prefix_answers_begins_with_it(where: Where) -> None:
-    async with kvpersist.open_store(where) as store:
+    async with kvpersist.open_store(where, timeout=PATIENCE) as store:
         await store.put_many(dict(zip(HOSTILE, repeat(0), strict=False)))
 
         for prefix in ("*", "?", "[", "%", "_", "../", "\\", "{", "$", "\x00", "'", "\U0001f600", "A", "a", "."):
@@ -60,7 +61,7 @@ async def test_what_a_listing_of_a_hostile_prefix_answers_begins_with_it(where: 
 async def test_hostile_namespaces_do_not_meet(where: Where) -> None:
     spaces = [name for name in HOSTILE if ":" not in name and "#" not in name and len(name.encode()) <= 120]
     pairs = list(chain.from_iterable(((f"{space}:a", space), (f"{space}:b", space)) for space in spaces))
-    async with kvpersist.open_store(where) as store:
+    async with kvpersist.open_store(where, timeout=PATIENCE) as store:
         await store.put_many(dict(pairs))
 
         for space in spaces:
@@ -75,7 +76,7 @@ async def test_hostile_namespaces_do_not_meet(where: Where) -> None:
 
 async def test_hostile_ids_and_index_values_find_their_own_record(where: Where) -> None:
     names = [name for name in HOSTILE if len(name.encode()) <= 40]
-    async with kvpersist.open_store(where) as store:
+    async with kvpersist.open_store(where, timeout=PATIENCE) as store:
         notes = Repository(store, Note, name="note", key="id", indexes=[Index("topic")])
         refused = dict(zip(names, await _outcomes(notes, names), strict=True))
 
@@ -89,7 +90,7 @@ async def test_hostile_ids_and_index_values_find_their_own_record(where: Where) 
 
 @pytest.mark.parametrize("key", REFUSED, ids=[f"{len(key)} characters" for key in REFUSED])
 async def test_what_is_no_key_is_refused_by_every_driver_alike(where: Where, key: str) -> None:
-    async with kvpersist.open_store(where) as store:
+    async with kvpersist.open_store(where, timeout=PATIENCE) as store:
         await store.put("there", 1)
 
         for call in (store.get(key), store.put(key, 1), store.delete(key), store.put_many({"other": 1, key: 1})):
@@ -102,7 +103,7 @@ async def test_nothing_is_written_outside_the_place(where: Where, tmp_path: Path
     outside = tmp_path / "outside"
     outside.mkdir()
     before = _tree(tmp_path)
-    async with kvpersist.open_store(where) as store:
+    async with kvpersist.open_store(where, timeout=PATIENCE) as store:
         await store.put_many(dict(zip(HOSTILE, repeat(0), strict=False)))
 
     beside = {path for path in _tree(tmp_path) - before if path.relative_to(tmp_path).parts[0].split(".")[0] != "store"}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
@@ -12,6 +15,7 @@ import pytest
 from kvpersist import registry
 from kvpersist.errors import BrokenPlugin, MissingExtra, UnknownScheme
 
+_PATH = os.pathsep.join(path for path in sys.path if path)
 _GOOD = """
 import msgspec
 class Good:
@@ -169,6 +173,39 @@ def test_an_unknown_scheme_names_the_nearest_and_all_there_are(scheme: str, mean
 
     assert caught.value.suggestion == meant
     assert {"memory", "sqlite"} <= set(caught.value.known)
+
+
+def test_a_scheme_that_only_fsspec_knows_is_served_by_its_driver() -> None:
+    assert registry.driver_class("sftp") is registry.driver_class("fsspec")
+    assert "sftp" not in registry.schemes()
+
+
+def test_a_scheme_of_ours_comes_before_fsspecs_and_a_plugins_too(install: Install) -> None:
+    assert registry.driver_class("memory").__name__ == "MemoryDriver"
+    assert registry.driver_class("file").__name__ == "FilesystemDriver"
+
+    install("acme", {"sftp": "acme_sftp:Good"}, acme_sftp=_GOOD)
+
+    assert registry.driver_class("sftp").__name__ == "Good"
+
+
+def test_fsspec_is_not_imported_for_a_scheme_that_is_registered() -> None:
+    code = (
+        "import sys; from kvpersist import registry; registry.driver_class('memory'); registry.schemes()\n"
+        "assert 'fsspec' not in sys.modules, 'imported'"
+    )
+
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env={**os.environ, "PYTHONPATH": _PATH})
+
+
+def test_without_fsspec_an_unknown_scheme_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+
+    with pytest.raises(UnknownScheme, match=r"kvpersist\[fsspec\]") as caught:
+        registry.driver_class("sftp")
+
+    assert caught.value.scheme == "sftp"
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 def test_distributions_are_searched_once(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:

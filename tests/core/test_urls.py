@@ -31,6 +31,11 @@ class FolderOptions(Struct, frozen=True, kw_only=True):
     path: str
 
 
+class WholeOptions(Struct, frozen=True, kw_only=True):
+    url: str
+    concurrency: int = 32
+
+
 class AskingOptions(Struct, frozen=True, kw_only=True):
     place: str
     depth: int = 1
@@ -50,7 +55,13 @@ def _driver(options: type[Struct]) -> type:
 
 @pytest.fixture(autouse=True)
 def _stub_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
-    stubs = {"cabinet": CabinetOptions, "folder": FolderOptions, "sqlite": FolderOptions, "asking": AskingOptions}
+    stubs = {
+        "cabinet": CabinetOptions,
+        "folder": FolderOptions,
+        "sqlite": FolderOptions,
+        "asking": AskingOptions,
+        "fsspec": WholeOptions,
+    }
 
     def driver_class(scheme: str) -> type:
         if scheme not in stubs:
@@ -122,6 +133,42 @@ def test_text_that_reads_none_stays_text_where_text_is_wanted() -> None:
     assert urls.parse("cabinet://h?kv.drawer=none&kv.label=none").options == CabinetOptions(
         host="h", drawer="none", label="none"
     )
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "dir::memory://bucket/p",
+        "Dir::memory://bucket/p",
+        "zip::simplecache::s3://b/x.zip",
+        "zip://inside.txt::s3://b/x.zip?color=red&endpoint_url=http%3A%2F%2Fh%3A9000",
+        "dir::ftp://ada:s%40fe@h:21/p",
+    ],
+)
+def test_a_chain_of_urls_is_one_for_fsspec_as_a_whole(url: str) -> None:
+    joint = "&" if "?" in url else "?"
+
+    target = urls.parse(f"{url}{joint}kv.concurrency=4&kv.ttl=5")
+
+    assert (target.scheme, target.options) == ("fsspec", WholeOptions(url=url, concurrency=4))
+    assert target.settings == {"ttl": 5.0}
+    assert "s%40fe" not in target.shown + repr(target)
+    assert urls.parse({"url": url, "concurrency": 4}).options == target.options
+
+
+@pytest.mark.parametrize(
+    ("url", "scheme", "host"),
+    [
+        ("cabinet://[::1]:71/p", "cabinet", "::1"),
+        ("cabinet://[fe80::abc]:71/p", "cabinet", "fe80::abc"),
+        ("cabinet://h/p?next=dir::memory://x", "cabinet", "h"),
+        ("sqlite:///a::b.db", "sqlite", ""),
+    ],
+)
+def test_two_colons_elsewhere_are_no_chain(url: str, scheme: str, host: str) -> None:
+    parts, _ = urls.split(url)
+
+    assert (parts.scheme, parts.host) == (scheme, host)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +249,9 @@ def test_other_text_is_no_duration(text: str) -> None:
         "cabinet://h?password=CANARY",
         "cabinet://h?kv.nosuch=1&api_key=CANARY",
         "cabinet://h?kv.password=CANARY",
+        "cabinet://h?connection_string=CANARY",
+        "dir::ftp://ada:CANARY@h/p",
+        "zip://x::ftp://ada:CANARY@h/p.zip?secret=CANARY",
         "cabinet://h?AWS_SECRET_ACCESS_KEY=CANARY&x=1",
         "nosuch://ada:CANARY@h",
         "1bad://ada:CANARY@h",

@@ -14,6 +14,13 @@ _BASE = {"kvpersist", "kvpersist_drivers", "msgspec", "platformdirs", "uuid_util
 _CLI = {"cyclopts", "rich"}
 _POSTGRES = {"asyncpg"}
 _REDIS = {"redis", "hiredis"}
+_BUCKETS = {
+    "kvpersist.registry": {"fsspec"},
+    "kvpersist_drivers.buckets": {"fsspec"},
+    "kvpersist_drivers.buckets._azure": {"adlfs", "azure"},
+    "kvpersist_drivers.buckets._gcs": {"aiohttp", "gcsfs", "google", "yarl"},
+    "kvpersist_drivers.buckets._s3": {"aiohttp", "botocore", "s3fs"},
+}
 _TESTING = {"hypothesis", "pytest", "pytest_asyncio"}
 _RUNNING = {"eval", "exec", "compile", "__import__"}
 _EXECUTE = {"execute", "executemany", "executescript"}
@@ -89,6 +96,7 @@ def test_a_module_imports_what_its_extra_brings_and_no_more(module: str) -> None
         "kvpersist_drivers.filesystem": {"aiofiles"},
         "kvpersist_drivers.redis": _REDIS,
     }
+    extras = {"kvpersist.cli": _CLI, "kvpersist.testing": _TESTING, "kvpersist_drivers.redis": _REDIS, **_BUCKETS}
     allowed = _BASE.union(*(more for prefix, more in extras.items() if module.startswith(prefix)))
 
     assert _imported(_TREES[module]) - set(sys.stdlib_module_names) - allowed == set()

@@ -32,6 +32,7 @@ from kvpersist.driver import (
     Put,
     milliseconds,
     needs_extra,
+    packed_header,
 )
 from kvpersist.errors import (
     BadKey,
@@ -42,7 +43,6 @@ from kvpersist.errors import (
     KvError,
     ReadOnly,
     StoreClosed,
-    Unavailable,
     Unsupported,
     ValueTooLarge,
 )
@@ -243,24 +243,37 @@ class BucketDriver:
                 continue
             [outcome] = await self.commit([Batch((Put(key, b"", expect, expires_at),), version)])
             return outcome
-        put = Put(key, b"", expect, expires_at)
-        self._refuse([put])
-        batch = Batch((put,), version)
+        batch = Batch((Put(key, b"", expect, expires_at),), version)
+        self._refuse(batch.ops)
         if (mistake := self._mistake(batch)) is not None:
             return mistake
+        expires_ms = milliseconds(expires_at)
+        head = packed_header(version, expires_ms)
+        async with self._reader():
+            sent = await _streams.send(self._records, key, self._root + escaped(key), head, pieces, expect)
+            if isinstance(sent, KvError):
+                return _of_batch(sent, batch, 0, changed=False)
+            upload, rest = sent
 
-        async def send(job: Job) -> Committed | KvError:
-            seen = Seen(version, milliseconds(expires_at), "")
+            async def finish(job: Job) -> Committed | KvError:
+                job.sending = True
+                try:
+                    if upload is None:
+                        await self._records.put(key, rest[len(head) :], version, expires_ms, expect)
+                    else:
+                        await self._records.finish(key, upload, rest, Seen(version, expires_ms, ""), expect)
+                except KvError as error:
+                    await _streams.give_up(upload)
+                    return _of_batch(error, batch, 0, changed=False)
+                return Committed(version)
+
+            job = self._queue.start((key,), finish)
             try:
-                async with self._writing:
-                    await _streams.write(self._records, job, key, pieces, seen, expect, self._root + escaped(key))
-            except (Conflict, ValueTooLarge, Unavailable, CommitUnknown, ReadOnly) as error:
-                return _of_batch(error, batch, 0, changed=False)
-            return Committed(version)
-
-        job = self._queue.start((key,), send)
-        await self._queue.wait([job])
-        return self._answer(job, batch)
+                await self._queue.wait([job])
+            except BaseException:  # cancelled: what is not in its place by now will not come there
+                await _streams.give_up(upload)
+                raise
+            return self._answer(job, batch)
 
     async def close(self) -> None:
         if self._closed:

@@ -28,7 +28,7 @@ with needs_extra("azure", module="adlfs"):
 
 __all__ = ["AzureStore"]
 
-_ONCE: Final = {"retry_total": 0}
+_ONCE: Final = {"retry_total": 0, "connection_timeout": 5}  # one attempt; seconds
 _LARGE: Final = 1 << 20  # bytes
 _MARKERS: Final = 256  # places in listings that can be gone on from
 _CREDENTIALS: Final = {"AuthenticationFailed", "InvalidAuthenticationInfo", "NoAuthenticationInformation"}

@@ -24,6 +24,7 @@ with needs_extra("gcs", module="gcsfs"):
 __all__ = ["GcsStore"]
 
 _PIECE: Final = 1 << 18  # bytes of a piece that is read
+_TIMES: Final = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=60)  # seconds
 _NOT_SENT: Final = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 
 
@@ -120,7 +121,7 @@ class GcsStore:
                 URL(url, encoded=True),
                 headers=fs._get_headers(headers),
                 allow_redirects=False,
-                **({"timeout": fs.requests_timeout} if fs.requests_timeout is not None else {}),
+                timeout=_TIMES if fs.requests_timeout is None else fs.requests_timeout,
                 **sent,
             ) as answer:
                 yield answer

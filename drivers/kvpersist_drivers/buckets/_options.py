@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Struct, structs
 
@@ -11,7 +11,7 @@ from kvpersist.urls import UrlParts, redact, split
 
 __all__ = ["BucketOptions", "Place"]
 
-_KINDS: Final = {
+_KINDS: Final[dict[str, Literal["s3", "gcs", "azure"]]] = {
     **dict.fromkeys(("s3", "s3a"), "s3"),
     **dict.fromkeys(("gs", "gcs"), "gcs"),
     **dict.fromkeys(("az", "abfs", "abfss"), "azure"),
@@ -70,11 +70,14 @@ class BucketOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Place(Struct, frozen=True):
     """What `BucketOptions` name: ``kind`` is s3, gcs, azure or url, and ``root`` what every name begins with."""
 
-    kind: str
+    kind: Literal["s3", "gcs", "azure", "url"]
     bucket: str
     root: str
     options: dict[str, Any]
     where: str
+
+    def __repr__(self) -> str:
+        return f"Place({self.where!r})"
 
     @classmethod
     def of(cls, options: BucketOptions) -> Place:
@@ -87,11 +90,11 @@ class Place(Struct, frozen=True):
         named = {
             name: value for name, value in structs.asdict(options).items() if name not in _OURS and value is not None
         }
-        kind = _KINDS.get(parts.scheme, "url")
-        if kind == "url":
+        kind = _KINDS.get(parts.scheme)
+        if kind is None:
             if cache := next((link for link in parts.url.partition("?")[0].split("::") if link in _CACHES), None):
                 raise Unsupported(f"{cache}:: (it shows what others have overwritten since)", "leave it out")
-            return cls(kind, "", options.url, {**options.params, **named}, redact(options.url))
+            return cls("url", "", options.url, {**options.params, **named}, redact(options.url))
         given = {name: _BOOLEANS.get(value.lower(), value) for name, value in parts.params.items()}
         bucket, root = parts.host, parts.path.strip("/")
         if kind == "azure" and parts.username:  # abfs://container@account.dfs.core.windows.net/prefix

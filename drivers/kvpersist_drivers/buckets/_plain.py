@@ -15,7 +15,7 @@ from kvpersist_drivers.buckets._names import internal
 from kvpersist_drivers.buckets._store import ANY, Condition, Found, Listed, Stream, told
 
 with needs_extra("fsspec", module="fsspec"):
-    from fsspec import core, registry
+    import fsspec
     from fsspec.asyn import AsyncFileSystem
     from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
     from fsspec.implementations.dirfs import DirFileSystem
@@ -27,17 +27,16 @@ _PIECE: Final = 1 << 20  # bytes of a piece that is read
 _LEFT: Final = 3_600_000  # milliseconds until `compact` removes what an interrupted write left
 
 _T = TypeVar("_T")
-_core: Any = core  # whose types are not whole
-_registry: Any = registry
+_fsspec: Any = fsspec  # whose types are not whole
 
 
 def from_url(url: str, options: dict[str, Any]) -> tuple[Any, str]:
     """Return the file system and the folder that any URL of fsspec names, a chained one too."""
     if "::" not in url:
-        kind: Any = _registry.get_filesystem_class(url.partition("://")[0])
+        kind: Any = _fsspec.get_filesystem_class(url.partition("://")[0])
         asynchronous = {"asynchronous": True} if kind.async_impl else {}
         options = {"use_listings_cache": False, **asynchronous, **options}
-    return _core.url_to_fs(url, skip_instance_cache=True, **options)
+    return _fsspec.url_to_fs(url, skip_instance_cache=True, **options)
 
 
 class PlainStore:

@@ -25,7 +25,7 @@ from zlib import crc32
 from kvpersist.driver import ABSENT, HEADER_BYTES, Clock, Entry, Expect, packed_header, unpacked_entry
 from kvpersist.errors import Busy, Conflict, CorruptRecord, Unavailable
 from kvpersist_drivers.buckets._names import escaped, internal
-from kvpersist_drivers.buckets._store import ANY, NEW, Changed, Condition, Conditions, Found, ObjectStore
+from kvpersist_drivers.buckets._store import ANY, NEW, Changed, Condition, Conditions, Found, ObjectStore, Upload
 
 __all__ = ["TOMBSTONE_BYTES", "Records", "Seen"]
 
@@ -142,9 +142,24 @@ class Records:
         self._refuse_doomed(key, seen)
         return NEW if seen is None else ANY if expect is None and seen.version is not None else seen.tag
 
-    def wrote(self, key: str, seen: Seen) -> None:
-        """Remember what was written by other means."""
-        self._remember(key, seen)
+    async def finish(self, key: str, upload: Upload, rest: bytes, seen: Seen, expect: Expect | None) -> None:
+        """Put an upload in its place, with the ``rest`` of it, as the entry that ``seen`` describes.
+
+        Raises:
+            Conflict: it is not as expected. Unavailable: it changed, though it is as expected again.
+        """
+        if seen.expires_ms:
+            await self.file(key, seen.expires_ms)
+        await upload.add(rest)
+        try:
+            tag = await upload.finish()
+        except Changed as error:
+            found = self.state(await self._look(key))
+            if expect is not None and found != expect:
+                raise Conflict(key, expect, found) from error
+            where = self.store.where
+            raise Unavailable(f"{where}: {key!r} changed while its value was sent; nothing was changed") from error
+        self._remember(key, seen._replace(tag=tag))
 
     async def check(self, key: str, expect: Expect) -> None:
         """Raise Conflict unless the entry is as expected; what is remembered does not count."""
@@ -188,7 +203,8 @@ class Records:
 
     def _lately_alive(self, key: str) -> bool:
         known = self._seen.get(key)
-        return known is not None and known[0].version is not None and time.monotonic() - known[1] < _FRESH
+        fresh = _FRESH if self.grace is None else min(_FRESH, self.grace / 1000)
+        return known is not None and known[0].version is not None and time.monotonic() - known[1] < fresh
 
     def _remember(self, key: str, seen: Seen | None) -> None:
         if seen is None:

@@ -26,23 +26,33 @@ class Range:
         self._prefix = root + (escaped(shared) if shared else "")
         self._at = root + escaped(start) if start else self._prefix
         self._end = root + escaped(end) if end else None
-        self.more = end != ""
+        self._ahead: list[tuple[str, Listed]] = []  # listed, and not asked for yet
+        self._size: int | None = None  # of the next listing, where the limit does not say it
+        self._ended = end == ""
+
+    @property
+    def more(self) -> bool:
+        """Whether there may be more."""
+        return bool(self._ahead) or not self._ended
 
     async def page(self, limit: int) -> list[tuple[str, Listed]]:
-        """Return the next keys, and the objects as they were listed; none does not mean the end."""
-        listed, more = await self._store.list(self._prefix, self._at, min(limit, _PAGE))
-        found = list(self._entries(listed))
-        self.more = more and self.more and bool(listed)
-        if listed:
-            last = listed[-1].name
-            inside = last.startswith(self._root + INTERNAL)
-            self._at = self._root + _PAST_INTERNAL if inside else behind(last)
+        """Return at most ``limit`` of the next keys, and the objects as they were listed; none is not the end."""
+        if not self._ahead:
+            listed, more = await self._store.list(self._prefix, self._at, self._size or min(limit, _PAGE))
+            self._size = _PAGE  # what was listed did not do: there are tombstones, or expired entries
+            self._ended = not more or not listed
+            self._ahead = list(self._entries(listed))
+            if listed:
+                last = listed[-1].name
+                inside = last.startswith(self._root + INTERNAL)
+                self._at = self._root + _PAST_INTERNAL if inside else behind(last)
+        found, self._ahead = self._ahead[:limit], self._ahead[limit:]
         return found
 
     def _entries(self, listed: list[Listed]) -> Iterator[tuple[str, Listed]]:
         for item in listed:
             if self._end is not None and item.name.encode() >= self._end.encode():
-                self.more = False
+                self._ended = True
                 return
             name = item.name[len(self._root) :]
             if item.size >= HEADER_BYTES and not name.startswith(INTERNAL):  # not a tombstone

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Self
 
-from kvpersist.driver import HEADER_BYTES, Entry, Expect, packed_header, unpacked_entry
-from kvpersist.errors import Conflict, Unavailable, ValueTooLarge
-from kvpersist_drivers.buckets._order import Job
-from kvpersist_drivers.buckets._records import TOMBSTONE_BYTES, Records, Seen
-from kvpersist_drivers.buckets._store import Changed, Stream
+from kvpersist.driver import HEADER_BYTES, Entry, Expect, unpacked_entry
+from kvpersist.errors import KvError, ValueTooLarge
+from kvpersist_drivers.buckets._records import TOMBSTONE_BYTES, Records
+from kvpersist_drivers.buckets._store import Stream, Upload
 
-__all__ = ["Pieces", "read", "write"]
+__all__ = ["Pieces", "give_up", "read", "send"]
 
 _PARTS = 10_000  # of one upload: S3 takes no more
 
@@ -33,7 +33,7 @@ class Pieces:
 
     async def aclose(self) -> None:
         """End the request, whatever is left of it."""
-        await close(self._rest)
+        await _close(self._rest)
 
 
 async def read(key: str, stream: Stream) -> tuple[Entry, Pieces] | None:
@@ -46,66 +46,60 @@ async def read(key: str, stream: Stream) -> tuple[Entry, Pieces] | None:
         pass
     try:
         if len(head) == TOMBSTONE_BYTES:
-            await close(stream.pieces)
+            await _close(stream.pieces)
             return None
         entry = unpacked_entry(key, head[:HEADER_BYTES])
     except BaseException:
-        await close(stream.pieces)
+        await _close(stream.pieces)
         raise
     return entry, Pieces(head[HEADER_BYTES:], stream.pieces)
 
 
-async def close(pieces: AsyncIterator[bytes]) -> None:
+async def _close(pieces: AsyncIterator[bytes]) -> None:
     ends = getattr(pieces, "aclose", None)
     if ends is not None:
         await ends()
 
 
-async def write(
-    records: Records, job: Job, key: str, pieces: AsyncIterator[bytes], seen: Seen, expect: Expect | None, name: str
-) -> None:
-    """Store the pieces as one value under the version and expiry of ``seen``.
+async def send(
+    records: Records, key: str, name: str, head: bytes, pieces: AsyncIterator[bytes], expect: Expect | None
+) -> tuple[Upload | None, bytes] | KvError:
+    """Send the header and the pieces, but for what is left at the end.
+
+    Returns:
+        The upload, None if all of it is left, and what is left. Or why nothing was stored: Conflict, say.
 
     Raises:
-        Conflict, ValueTooLarge: nothing was changed.
+        Whatever ``pieces`` raises.
     """
-    store = records.store
-    version = seen.version
-    assert version is not None
-    waiting = bytearray(packed_header(version, seen.expires_ms))
-    upload = None
+    part = records.store.part
+    left = bytearray(head)
+    upload: Upload | None = None
     sent = 0
     try:
         async for piece in pieces:
-            waiting += piece
-            while len(waiting) > store.part:
-                if upload is None:
-                    upload = await store.upload(name, await records.condition(key, expect))
-                await upload.add(bytes(waiting[: store.part]))
-                del waiting[: store.part]
+            left += piece
+            while len(left) > part:
+                try:
+                    if upload is None:
+                        upload = await records.store.upload(name, await records.condition(key, expect))
+                    if sent == _PARTS - 1:
+                        limit = _PARTS * part - len(head)
+                        raise ValueTooLarge(key, limit + len(left), limit)
+                    await upload.add(bytes(left[:part]))
+                except KvError as error:
+                    await give_up(upload)
+                    return error
+                del left[:part]
                 sent += 1
-                if sent == _PARTS:
-                    limit = _PARTS * store.part - HEADER_BYTES
-                    raise ValueTooLarge(key, limit + len(waiting), limit)
-        if upload is not None:
-            await upload.add(bytes(waiting))
-            if seen.expires_ms:
-                await records.file(key, seen.expires_ms)
-        job.sending = True
-        if upload is None:
-            await records.put(key, bytes(waiting[HEADER_BYTES:]), version, seen.expires_ms, expect)
-        else:
-            records.wrote(key, seen._replace(tag=await upload.finish()))
-    except Changed as error:
-        if upload is not None:
-            await upload.abort()
-        found = records.state(await records.look(key, name))
-        if expect is not None and found != expect:
-            raise Conflict(key, expect, found) from error
-        raise Unavailable(f"{store.where}: {key!r} changed while its value was sent; nothing was changed") from error
     except BaseException:  # cancelled too: no part may stay
-        if upload is not None:
-            await upload.abort()
+        await give_up(upload)
         raise
-    finally:
-        job.sending = False
+    return upload, bytes(left)
+
+
+async def give_up(upload: Upload | None) -> None:
+    """Remove what was sent; the service does where it cannot be reached."""
+    if upload is not None:
+        with suppress(KvError):
+            await upload.abort()

@@ -48,7 +48,7 @@ from kvpersist.errors import (
     WrongLoop,
 )
 
-__all__ = ["FORMAT", "FORMAT_KEY", "KEYS", "BytesLevel", "left_open"]
+__all__ = ["FORMAT", "KEYS", "BytesLevel", "left_open"]
 
 FORMAT: Final = 1
 """The number of the store format this version writes; every smaller one is read."""
@@ -56,9 +56,7 @@ FORMAT: Final = 1
 KEYS: Final = 1
 """The number of the key escape."""
 
-FORMAT_KEY: Final = "kvpersist:format"
-"""Where the store says what it is."""
-
+_FORMAT_KEY: Final = "kvpersist:format"
 _DECIDE: Final = 0.5  # seconds that looking for a lost write may take
 
 _VERSIONS: Final = 64  # minted at once: one system call for so many
@@ -242,7 +240,7 @@ class BytesLevel:
     async def _own(self, namespace: str) -> None:
         """Note in the format record that a repository owns ``namespace``."""
         while namespace not in self._owned:
-            [entry] = await self._entries([FORMAT_KEY])
+            [entry] = await self._entries([_FORMAT_KEY])
             found = self._adopted(entry)
             if namespace in self._owned:
                 return
@@ -258,7 +256,7 @@ class BytesLevel:
     async def _adopt(self) -> None:
         """Read the format record, or write the first one; the loser of a race re-reads."""
         while True:
-            [entry] = await self._entries([FORMAT_KEY])
+            [entry] = await self._entries([_FORMAT_KEY])
             found = self._adopted(entry)
             if entry is not None:
                 return
@@ -275,7 +273,7 @@ class BytesLevel:
         if entry is None:
             return msgspec.to_builtins(_Format(library=_version()))
         try:
-            stored = codec.decode_plain(FORMAT_KEY, entry.value)
+            stored = codec.decode_plain(_FORMAT_KEY, entry.value)
             found = msgspec.convert(stored, _Format)
         except (CorruptRecord, msgspec.ValidationError) as error:
             raise FormatMismatch(self.where, "a damaged format record", f"format {FORMAT}") from error
@@ -288,10 +286,10 @@ class BytesLevel:
         return stored
 
     def _format_put(self, record: dict[str, Any], seen: Entry | None) -> Put:
-        value = codec.encode_plain(FORMAT_KEY, record, "json")
+        value = codec.encode_plain(_FORMAT_KEY, record, "json")
         if not self.capabilities.conditional:
-            return Put(FORMAT_KEY, value)
-        return Put(FORMAT_KEY, value, ABSENT if seen is None else seen.version)
+            return Put(_FORMAT_KEY, value)
+        return Put(_FORMAT_KEY, value, ABSENT if seen is None else seen.version)
 
     def _start_sweeping(self, interval: float) -> None:
         self._sweeper = self._loop.create_task(_sweep_every(interval, ref(self)))
@@ -300,7 +298,7 @@ class BytesLevel:
         try:
             if self.capabilities.ttl == "swept":
                 await self.sweep()
-            [entry] = await self._entries([FORMAT_KEY])
+            [entry] = await self._entries([_FORMAT_KEY])
             self._adopted(entry)  # which namespaces other processes have come to own
         except KvError:  # tried again at the next turn; expired entries are hidden either way
             return

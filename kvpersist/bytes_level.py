@@ -48,7 +48,7 @@ from kvpersist.errors import (
     WrongLoop,
 )
 
-__all__ = ["FORMAT", "FORMAT_KEY", "KEYS", "BytesLevel", "left_open"]
+__all__ = ["FORMAT", "KEYS", "BytesLevel", "left_open"]
 
 FORMAT: Final = 1
 """The number of the store format this version writes; every smaller one is read."""
@@ -56,9 +56,7 @@ FORMAT: Final = 1
 KEYS: Final = 1
 """The number of the key escape."""
 
-FORMAT_KEY: Final = "kvpersist:format"
-"""Where the store says what it is."""
-
+_FORMAT_KEY: Final = "kvpersist:format"
 _DECIDE: Final = 0.5  # seconds that looking for a lost write may take
 
 _VERSIONS: Final = 64  # minted at once: one system call for so many
@@ -257,7 +255,7 @@ class BytesLevel:
 
     async def _note(self, field: str, name: str, known: Callable[[], bool]) -> None:
         while not known():
-            [entry] = await self._entries([FORMAT_KEY])
+            [entry] = await self._entries([_FORMAT_KEY])
             found = self._adopted(entry)
             if known():
                 return
@@ -271,13 +269,13 @@ class BytesLevel:
 
     async def _refresh(self) -> None:
         """Learn what other processes have noted in the format record."""
-        [entry] = await self._entries([FORMAT_KEY])
+        [entry] = await self._entries([_FORMAT_KEY])
         self._adopted(entry)
 
     async def _adopt(self) -> None:
         """Read the format record, or write the first one; the loser of a race re-reads."""
         while True:
-            [entry] = await self._entries([FORMAT_KEY])
+            [entry] = await self._entries([_FORMAT_KEY])
             found = self._adopted(entry)
             if entry is not None:
                 return
@@ -294,7 +292,7 @@ class BytesLevel:
         if entry is None:
             return msgspec.to_builtins(_Format(library=_version()))
         try:
-            stored = codec.decode_plain(FORMAT_KEY, entry.value)
+            stored = codec.decode_plain(_FORMAT_KEY, entry.value)
             found = msgspec.convert(stored, _Format)
         except (CorruptRecord, msgspec.ValidationError) as error:
             raise FormatMismatch(self.where, "a damaged format record", f"format {FORMAT}") from error
@@ -308,10 +306,10 @@ class BytesLevel:
         return stored
 
     def _format_put(self, record: dict[str, Any], seen: Entry | None) -> Put:
-        value = codec.encode_plain(FORMAT_KEY, record, "json")
+        value = codec.encode_plain(_FORMAT_KEY, record, "json")
         if not self.capabilities.conditional:
-            return Put(FORMAT_KEY, value)
-        return Put(FORMAT_KEY, value, ABSENT if seen is None else seen.version)
+            return Put(_FORMAT_KEY, value)
+        return Put(_FORMAT_KEY, value, ABSENT if seen is None else seen.version)
 
     def _start_sweeping(self, interval: float) -> None:
         self._sweeper = self._loop.create_task(_sweep_every(interval, ref(self)))

@@ -9,7 +9,7 @@
 ``./dir/``, ``/var/lib/dir/``     a path that ends in a slash is a folder of files
 ``dir::memory://bucket/p``        a chain, whose parts ``::`` joins, is fsspec's as a whole
 ``{"type": "sqlite", ...}``       the driver's options and the store's settings by name
-``{"url": "sqlite:///x.db", ..}``  a URL, and more options beside it; ``type`` may stand there too
+``{"url": "sqlite:///x.db", ..}``  a URL, and more options beside it
 ================================  =================================================================
 
 Parameters named ``kv.<name>`` are ours: a setting of the store (`StoreSettings`) or an option of the
@@ -238,21 +238,17 @@ def _parse_mapping(where: Mapping[str, Any], also: Sequence[str]) -> Target:
         if option in given:
             raise BadOption(option, "it is given twice, with kv. and without")
         given[option] = value
-    scheme, url = given.pop("type", None), given.get("url")
-    if isinstance(url, str | os.PathLike) and (scheme is None or isinstance(scheme, str)):
-        del given["url"]
-        return _parse_beside(os.fspath(url), scheme, given, also)
+    scheme = given.pop("type", None)
     if isinstance(scheme, str):
         plain = {name: (name, value) for name, value in given.items()}
         return _target(scheme.lower(), None, plain, f"{scheme.lower()}://{_shown_place(given)}", also)
+    if scheme is None and isinstance(url := given.pop("url", None), str | os.PathLike):
+        return _parse_beside(os.fspath(url), given, also)
     raise BadOption("type", 'a mapping names its store by {"type": "sqlite", ...} or {"url": "sqlite:///x.db", ...}')
 
 
-def _parse_beside(url: str, scheme: str | None, given: dict[str, Any], also: Sequence[str]) -> Target:
-    """A URL, and options beside it; ``scheme`` says once more whose URL it is, or another name of its driver."""
+def _parse_beside(url: str, given: Mapping[str, Any], also: Sequence[str]) -> Target:
     parts, ours = split(url)
-    if scheme is not None and registry.driver_class(scheme.lower()) is not registry.driver_class(parts.scheme):
-        raise BadOption("type", f"it says {scheme!r} and the URL says {parts.scheme!r}: leave one out")
     if twice := sorted(ours.keys() & given.keys()):
         raise BadOption(twice[0], "it is given in the URL and beside it: leave one out")
     if pieces := sorted(given.keys() & _PIECES):

@@ -9,7 +9,7 @@ import msgspec
 from cyclopts import Parameter
 
 from kvpersist import config, keys, registry
-from kvpersist.bytes_level import FORMAT_KEY
+from kvpersist.bytes_level import _FORMAT_KEY
 from kvpersist.cli.keys import agreed
 from kvpersist.cli.options import FOR_PEOPLE, USUAL_STORE, Output, StoreOption
 from kvpersist.cli.render import counted, is_terminal, print_json, print_rows, progress_bar, say, write
@@ -40,9 +40,9 @@ async def init(url: str | None = None, /, *, store: StoreOption = USUAL_STORE, o
     try:
         if isinstance(driver, Provisions):
             await driver.provision()
-        [entry] = await driver.get([FORMAT_KEY])
+        [entry] = await driver.get([_FORMAT_KEY])
         async with open_store(driver, sweep=None):
-            [written] = await driver.get([FORMAT_KEY])
+            [written] = await driver.get([_FORMAT_KEY])
         if written is None:
             raise ReadOnly(f"{target.shown} cannot be written: nothing was made")
     finally:
@@ -215,6 +215,6 @@ async def _counts(store: Store, prefix: str) -> Counter[str]:
     """Keys by namespace, without the format record."""
     counts: Counter[str] = Counter()
     async for key in store.keys(prefix, raw=True):
-        if key != FORMAT_KEY:
+        if key != _FORMAT_KEY:
             counts[keys.partition(key)] += 1
     return counts

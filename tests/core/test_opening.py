@@ -49,12 +49,12 @@ class _Served(MemoryDriver):
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[_Options]:
-    """The options that drivers were opened with; ``served`` and ``served+tls`` are schemes of one driver."""
+    """The options that drivers were opened with; ``served`` is their scheme."""
     monkeypatch.delenv("KVPERSIST_URL", raising=False)
     real = registry.driver_class
 
     def driver_class(scheme: str) -> Any:
-        return _Served if scheme in ("served", "served+tls") else real(scheme)
+        return _Served if scheme == "served" else real(scheme)
 
     monkeypatch.setattr(registry, "driver_class", driver_class)
     _Served.opened.clear()
@@ -72,7 +72,7 @@ async def test_keywords_name_a_store_as_a_url_does(function: Any, opened: list[_
         function({"type": "served", "host": "db"}, port=7, base="app"),
         function("served://db:7", base="app", pool_max=4),
         function(url="served://db:7?kv.base=app", pool_max="4"),
-        function("served://db:7", type="served+tls"),
+        function("served://db:7", type="served"),
         function({"url": "served://db:7"}, pool_max=4),
         function(type="served", client=client),
     ):
@@ -85,7 +85,7 @@ async def test_keywords_name_a_store_as_a_url_does(function: Any, opened: list[_
         _Options(host="db", port=7, base="app"),
         _Options(url=at_7.url, host="db", port=7, base="app", pool_max=4),
         _Options(url="served://db:7", host="db", port=7, base="app", pool_max=4),
-        at_7,
+        _Options(url=at_7.url),
         _Options(url=at_7.url, host="db", port=7, pool_max=4),
         _Options(client=client),
     ]
@@ -111,7 +111,7 @@ async def test_settings_among_the_options_are_the_stores(function: Any, opened: 
         ("served://db", {"pool_max": "many"}, "pool_max", "int"),
         ("served://db", {"host": "other"}, "host", "beside a URL it has no place"),
         ("served://db", {"url": "served://other"}, "url", "named twice"),
-        ("served://db", {"type": "memory"}, "type", "leave one out"),
+        ("served://db", {"type": "memory"}, "url", "there is no such option"),
         ({"type": "served", "base": "x"}, {"base": "y"}, "base", "beside it"),
         ({"type": "served"}, {"clinet": 1}, "clinet", "did you mean client?"),
         (None, {"base": "x"}, "base", "there is no such option"),

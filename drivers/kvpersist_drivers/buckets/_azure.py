@@ -22,7 +22,6 @@ with needs_extra("azure", module="adlfs"):
         ClientAuthenticationError,
         HttpResponseError,
         IncompleteReadError,
-        ServiceRequestError,
     )
     from azure.storage.blob import BlobBlock
 
@@ -147,7 +146,7 @@ class AzureStore:
             return self._answered(str(getattr(code, "value", code)), error.status_code, message, writes)
         if isinstance(error, ClientAuthenticationError):
             return BadOption("account_key", message)
-        if writes and not isinstance(error, ServiceRequestError):
+        if writes:  # also where it could not connect: aiohttp sends a PUT again, by itself, when a connection breaks
             return CommitUnknown((writes,), message)
         return Unavailable(message)
 

@@ -34,7 +34,6 @@ _LATER: Final = {
     "SlowDownRead",
     "SlowDownWrite",
 }
-_NOT_SENT: Final = (theirs.EndpointConnectionError, theirs.ConnectTimeoutError, theirs.ProxyConnectionError)
 _NO_CREDENTIALS: Final = (theirs.NoCredentialsError, theirs.PartialCredentialsError, theirs.CredentialRetrievalError)
 _MALFORMED: Final = (
     TypeError,
@@ -163,10 +162,10 @@ class S3Store:
             return BadOption("key", f"{message}; give key and secret, a profile, or anon=true")
         if isinstance(error, _MALFORMED):
             return BadOption("url", message)
-        if isinstance(error, _NOT_SENT) or not writes:
-            network = isinstance(error, (OSError, HttpError, theirs.BotoCoreError))
-            return Unavailable(message) if network else KvError(message)
-        return CommitUnknown((writes,), message)
+        if writes:  # also where it could not connect: aiohttp sends a PUT again, by itself, when a connection breaks
+            return CommitUnknown((writes,), message)
+        network = isinstance(error, (OSError, HttpError, theirs.BotoCoreError))
+        return Unavailable(message) if network else KvError(message)
 
     def _answered(self, code: str, status: int, message: str, writes: str | None) -> Exception:
         if code == "NoSuchBucket":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from kvpersist.errors import CorruptRecord
 from kvpersist_drivers.filesystem._header import HEADER_BYTES, hashed_key
-from kvpersist_drivers.filesystem._names import file_text, folder_text, hashed_prefix, is_hashed, place
+from kvpersist_drivers.filesystem._names import LOW, SUFFIX, file_text, folder_text, hashed_prefix, is_hashed, place
 from kvpersist_drivers.filesystem._tree import Tree
 
 __all__ = ["empty_folders", "keys"]
@@ -47,6 +48,9 @@ def empty_folders(tree: Tree, path: str = "") -> list[str]:
 
 
 def _below(tree: Tree, within: _Item, start: str | None, end: str | None, reverse: bool) -> Iterator[str]:
+    if within.of_integers:
+        yield from _integers(tree, within, start, end, reverse)
+        return
     items = sorted(_items(tree, within, start, end))
     if any(item.of_integers for item in items):
         items = _untangled(tree, items, start, end)
@@ -55,6 +59,21 @@ def _below(tree: Tree, within: _Item, start: str | None, end: str | None, revers
             yield from _below(tree, item, start, end, reverse)
         else:
             yield item.low
+
+
+def _integers(tree: Tree, within: _Item, start: str | None, end: str | None, reverse: bool) -> Iterator[str]:
+    """The keys of a folder of integers: its names are in their order, so only those asked for are looked at."""
+    prefix = within.prefix
+    names = sorted(tree.names(within.folder))
+    first, last = 0, len(names)
+    if start is not None and start.startswith(prefix):
+        first = bisect_left(names, start[len(prefix) :][:LOW])
+    if end is not None and end.startswith(prefix):
+        last = bisect_right(names, end[len(prefix) :][:LOW] + SUFFIX)
+    for at in range(last - 1, first - 1, -1) if reverse else range(first, last):
+        text = file_text(names[at], True)
+        if text is not None and (start is None or prefix + text >= start) and (end is None or prefix + text < end):
+            yield prefix + text
 
 
 def _items(tree: Tree, within: _Item, start: str | None, end: str | None) -> Iterator[_Item]:

@@ -759,7 +759,7 @@ async def test_a_damaged_file_can_be_deleted_and_replaced_through_a_store(tmp_pa
 @pytest.mark.parametrize("tangled", [False, True])
 async def test_scans_over_integers_and_what_lies_between_are_exact(tmp_path: Path, tangled: bool) -> None:
     draw = random.Random(5)
-    numbers = [*range(0, 20), *(draw.randrange(1 << 24) for _ in range(120))]
+    numbers = [*range(20), *(draw.randrange(1 << 24) for _ in range(120))]
     keys = {f"c:{chr(103 + len(f'{number:x}'))}{number:x}" for number in numbers}
     keys |= {"c:", "c:h", "c:k", "c:m!", "c:k1:x", "c:Kapital", "c:con", "c:a.b", "c:a-b", "c:a"}
     if tangled:

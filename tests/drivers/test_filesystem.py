@@ -756,6 +756,26 @@ async def test_a_damaged_file_can_be_deleted_and_replaced_through_a_store(tmp_pa
             assert await store.get("app:a") in (None, 2)
 
 
+@pytest.mark.parametrize("tangled", [False, True])
+async def test_scans_over_integers_and_what_lies_between_are_exact(tmp_path: Path, tangled: bool) -> None:
+    draw = random.Random(5)
+    numbers = [*range(20), *(draw.randrange(1 << 24) for _ in range(120))]
+    keys = {f"c:{chr(103 + len(f'{number:x}'))}{number:x}" for number in numbers}
+    keys |= {"c:", "c:h", "c:k", "c:m!", "c:k1:x", "c:Kapital", "c:con", "c:a.b", "c:a-b", "c:a"}
+    if tangled:
+        keys |= {"c:k12", "c:k1g", "c:k1!a", "c:l12", "c:m1234567", "c:k12:a", "c:l12g", "c:l1Z"}
+    ordered = sorted(keys)
+    async with _opened(tmp_path / "kv") as driver:
+        await driver.commit([batch(*(Put(key, b"v") for key in ordered))])
+        bounds = [*ordered, "c:k1", "c:k1g", "c:l", "c:l12", "c:m12", "c;", "c:k1000", "c:k1ffg", "b", "d"]
+        for _ in range(400):
+            start, end = (draw.choice([None, draw.choice(bounds)]) for _ in range(2))
+            reverse, limit = draw.random() < 0.5, draw.choice([1, 5, 1000])
+            found = await driver.scan(start, end, limit=limit, reverse=reverse, keys_only=True)
+            wanted = [key for key in ordered if (start is None or key >= start) and (end is None or key < end)]
+            assert [entry.key for entry in found] == (wanted[::-1] if reverse else wanted)[:limit]
+
+
 # -- streams ---------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""What a store of files keeps when its process dies or its disk fails at any write-class call.
+"""What a store of files keeps when its process dies, its disk fails or the power goes, at any write-class call.
 
 `KVPERSIST_FAULT_STRIDE=1` goes through every point everywhere; by default every twelfth, and every third of a death.
 """
@@ -84,6 +84,47 @@ def test_the_matrix_catches_a_batch_without_a_journal(shim: Path, tmp_path: Path
     result = _matrix(shim, tmp_path, "kill", "fresh", "5", "unwritten")
 
     assert sum("is torn" in problem for problem in result["wrong"]) > 2
+
+
+def _power(folder: Path, *arguments: str) -> dict[str, Any]:
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    pytest.importorskip("aiofiles")
+    done = subprocess.run(
+        [sys.executable, _HERE / "files_power.py", folder / "store", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout)
+    print({**result, "wrong": result["wrong"][:9]})
+    return result
+
+
+@pytest.mark.parametrize("scenario", ["fresh", "again", "streams"])
+def test_what_was_acknowledged_outlives_a_loss_of_power_at_any_point(tmp_path: Path, scenario: str) -> None:
+    result = _power(tmp_path, scenario, "1" if _STRIDE == "1" else "5")
+
+    assert result["wrong"] == []
+    assert result["disks"] > 100
+
+
+@pytest.mark.parametrize(
+    ("bug", "scenario", "found"),
+    [
+        ("folders", "fresh", "acknowledged and is lost"),
+        ("folders", "streams", "acknowledged and is lost"),
+        ("files", "streams", "is torn"),
+        ("files", "fresh", "FormatMismatch"),
+        ("unsettled", "streams", "the shared key is of another step"),
+        ("journal", "fresh", "is torn"),
+    ],
+)
+def test_the_loss_of_power_catches_what_is_not_synced(tmp_path: Path, bug: str, scenario: str, found: str) -> None:
+    result = _power(tmp_path, scenario, "6", bug)
+
+    assert len([problem for problem in result["wrong"] if found in problem]) > 2
 
 
 _WRITES = """

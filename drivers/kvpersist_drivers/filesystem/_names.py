@@ -20,7 +20,7 @@ from typing import Final
 
 from kvpersist.errors import BadKey, KeyTooLong
 
-__all__ = ["MAX_KEY_BYTES", "SUFFIX", "Place", "file_text", "folder_text", "hashed_prefix", "is_hashed", "place"]
+__all__ = ["LOW", "MAX_KEY_BYTES", "SUFFIX", "Place", "file_text", "folder_text", "hashed_prefix", "is_hashed", "place"]
 
 MAX_KEY_BYTES: Final = 512  # UTF-8; a key of separators alone is a path of three times as many
 SUFFIX: Final = ".json"
@@ -37,7 +37,8 @@ _ESCAPE: Final = re.compile(rb"~(..)")
 _HASHED: Final = re.compile(r"(.*)~~[0-9a-f]{32}")
 _CUT: Final = re.compile("(?<=[:!])")
 _INTEGER: Final = re.compile("[k-z][0-9a-f]{4,}")  # as kvpersist.keys writes them: 'g' + digits, then the digits
-_LOW: Final = 3  # hex digits of an integer that name the file
+LOW: Final = 3
+"""Hex digits of an integer that name the file."""
 
 
 class Place(tuple[str, str, bool]):
@@ -67,8 +68,8 @@ def place(key: str) -> Place:
             return Place(("/".join(folders), _hashed("".join(pieces[number:]) + tail), True))
         folders.append(name + ("~d" if piece[-1] == ":" else "~p"))
     if _is_integer(tail):
-        folders.append(tail[:-_LOW] + "~n")
-        tail = tail[-_LOW:]
+        folders.append(tail[:-LOW] + "~n")
+        tail = tail[-LOW:]
     name = _escape(tail) if tail else _EMPTY
     if len(name) > _LONGEST:
         return Place(("/".join(folders), _hashed(tail), True))
@@ -79,7 +80,7 @@ def folder_text(name: str) -> tuple[str, bool] | None:
     """The text that the folder ``name`` stands for, and whether it is of integers; None: not a folder of ours."""
     stem, ending = name[:-2], name[-2:]
     if ending == "~n":
-        return (stem, True) if _is_integer(stem + "0" * _LOW) else None
+        return (stem, True) if _is_integer(stem + "0" * LOW) else None
     separator = ":" if ending == "~d" else "!" if ending == "~p" else ""
     if not separator:
         return None
@@ -95,7 +96,7 @@ def file_text(name: str, of_integers: bool) -> str | None:
         return None
     stem = name[: -len(SUFFIX)]
     if of_integers:
-        return stem if len(stem) == _LOW and _INTEGER.fullmatch("k0" + stem) else None
+        return stem if len(stem) == LOW and _INTEGER.fullmatch("k0" + stem) else None
     if stem == _EMPTY:
         return ""
     text = _unescape(stem)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
+from heapq import merge
 from typing import Final, NamedTuple
 
 from kvpersist.errors import CorruptRecord
 from kvpersist_drivers.filesystem._header import HEADER_BYTES, hashed_key
-from kvpersist_drivers.filesystem._names import file_text, folder_text, hashed_prefix, is_hashed, place
+from kvpersist_drivers.filesystem._names import LOW, SUFFIX, file_text, folder_text, hashed_prefix, is_hashed, place
 from kvpersist_drivers.filesystem._tree import Tree
 
 __all__ = ["empty_folders", "keys"]
@@ -47,20 +49,61 @@ def empty_folders(tree: Tree, path: str = "") -> list[str]:
 
 
 def _below(tree: Tree, within: _Item, start: str | None, end: str | None, reverse: bool) -> Iterator[str]:
-    items = sorted(_items(tree, within, start, end))
-    if any(item.of_integers for item in items):
-        items = _untangled(tree, items, start, end)
-    for item in reversed(items) if reverse else items:
+    if within.of_integers:
+        yield from _integers(tree, within, start, end, reverse)
+        return
+    names = tree.names(within.folder)
+    plain = sorted([name[: -len(SUFFIX)] for name in names if name.endswith(SUFFIX) and "~" not in name])
+    items = sorted(_items(tree, within, [name for name in names if "~" in name], start, end))
+    if any(_lies_between(plain, items, at, len(within.prefix)) for at, item in enumerate(items) if item.of_integers):
+        items, plain = _untangled(tree, sorted(_items(tree, within, names, start, end)), start, end), []
+    files = _plain(plain, within.prefix, start, end, reverse)
+    for item in merge(files, reversed(items) if reverse else items, reverse=reverse):
         if item.folder:
             yield from _below(tree, item, start, end, reverse)
         else:
             yield item.low
 
 
-def _items(tree: Tree, within: _Item, start: str | None, end: str | None) -> Iterator[_Item]:
-    """What is in a folder and within the bounds."""
+def _plain(texts: list[str], prefix: str, start: str | None, end: str | None, reverse: bool) -> Iterator[_Item]:
+    """Files whose names are the texts they stand for; of many, only those asked for are looked at."""
+    first = bisect_left(texts, start[len(prefix) :]) if start is not None and start.startswith(prefix) else 0
+    last = bisect_left(texts, end[len(prefix) :]) if end is not None and end.startswith(prefix) else len(texts)
+    for at in range(last - 1, first - 1, -1) if reverse else range(first, last):
+        key = prefix + texts[at]
+        if file_text(texts[at] + SUFFIX, False) is None or not key:
+            continue
+        if (start is None or key >= start) and (end is None or key < end):
+            yield _Item(key)
+
+
+def _lies_between(plain: list[str], items: list[_Item], at: int, cut: int) -> bool:
+    """Whether a key lies between those of a folder of integers; ``cut``: length of what all begin with."""
+    item = items[at]
+    end = item.prefix + _AFTER_DIGITS
+    found = bisect_left(plain, item.low[cut:])
+    return (at + 1 < len(items) and items[at + 1].low < end) or (found < len(plain) and plain[found] < end[cut:])
+
+
+def _integers(tree: Tree, within: _Item, start: str | None, end: str | None, reverse: bool) -> Iterator[str]:
+    """The keys of a folder of integers: its names are in their order, so only those asked for are looked at."""
+    prefix = within.prefix
+    names = sorted(tree.names(within.folder))
+    first, last = 0, len(names)
+    if start is not None and start.startswith(prefix):
+        first = bisect_left(names, start[len(prefix) :][:LOW])
+    if end is not None and end.startswith(prefix):
+        last = bisect_right(names, end[len(prefix) :][:LOW] + SUFFIX)
+    for at in range(last - 1, first - 1, -1) if reverse else range(first, last):
+        text = file_text(names[at], True)
+        if text is not None and (start is None or prefix + text >= start) and (end is None or prefix + text < end):
+            yield prefix + text
+
+
+def _items(tree: Tree, within: _Item, names: Iterable[str], start: str | None, end: str | None) -> Iterator[_Item]:
+    """What of these names in a folder is within the bounds."""
     path, prefix = within.folder, within.prefix
-    for name in tree.names(path):
+    for name in names:
         text = file_text(name, within.of_integers)
         if text is not None:
             key = prefix + text
@@ -103,5 +146,5 @@ def _untangled(tree: Tree, items: list[_Item], start: str | None, end: str | Non
             whole.append(item)
         else:
             tangled = True
-            whole += _items(tree, item, start, end)
+            whole += _items(tree, item, tree.names(item.folder), start, end)
     return sorted(whole) if tangled else items

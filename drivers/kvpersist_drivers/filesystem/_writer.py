@@ -44,6 +44,9 @@ class Writer:
         if self._lock is None:
             return
         with self.locked():
+            own = self.tree.folder(OWN)
+            if self._sync and own is not None:
+                _at.sync_folder(own)  # a journal whose name is lost with the power is none
             for name in self.tree.names(STAGE):
                 if name.startswith(PREFIX):
                     folder = self.tree.folder(STAGE)

@@ -275,10 +275,11 @@ ROWS = {"R1": _r1, "R2": _r2, "R3": _r3, "R4": _r4, "W": _w}
 def _shown(figure: Figure) -> str:
     times = " / ".join(f"{value:.1f}" for value in figure.microseconds.values())
     low, high = figure.low, figure.high
+    reached = {None: "-", True: "yes", False: "NO"}[figure.reached]
     goal = f"{figure.goal:g}" + (f" (x {figure.slack:g})" if figure.slack != 1 else "") if figure.goal else "-"
     return (
         f"| {figure.row} | {figure.what} | {goal} | {figure.ratio:.2f} ({low:.2f} - {high:.2f}) | "
-        f"{figure.cpu:.2f} | {times} | {'yes' if figure.reached else 'NO'} |"
+        f"{figure.cpu:.2f} | {times} | {reached} |"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.sentinel import Sentinel
+from redis_server import RedisCluster as OwnCluster
 from redis_server import RedisSentinel, missing
 
 import kvpersist
@@ -75,6 +77,15 @@ async def _raw_master(url: str) -> AsyncIterator[Redis]:
     finally:
         await client.aclose()
         await sentinels.aclose()
+
+
+@asynccontextmanager
+async def _closing(driver: RedisDriver) -> AsyncIterator[None]:
+    """A store does not close a driver that it was handed."""
+    try:
+        yield
+    finally:
+        await driver.close()
 
 
 async def _emptied(driver: RedisDriver) -> None:
@@ -354,6 +365,47 @@ async def test_sentinels_that_ask_for_a_password_are_given_theirs(
             await RedisDriver.open(RedisOptions(**options, sentinel_password="wr0ng"))
         assert told.value.option == "sentinel_password"
         assert "wr0ng" not in str(told.value)
+    finally:
+        group.close()
+
+
+async def test_a_namespace_that_was_forgotten_is_announced_again(own_cluster: str) -> None:
+    async with _raw_cluster(own_cluster) as client, _opened(own_cluster) as driver:
+        await driver.commit([batch(Put("c:a", b"1"))])
+        await client.flushall(target_nodes=RedisCluster.PRIMARIES)
+        driver._forget = 0.0  # the minute is over
+
+        await driver.commit([batch(Put("c:b", b"2"))])
+
+        assert [entry.key for entry in await driver.scan(None, None, limit=5)] == ["c:b"]
+
+
+async def test_a_server_that_is_gone_fails_its_own_keys_and_no_others(
+    missing_service: Callable[[str, str], NoReturn],
+) -> None:
+    if reason := missing():
+        missing_service("redis-cluster", reason)
+    group = OwnCluster()
+    try:
+        for node in group.nodes:
+            node.say("CONFIG", "SET", "cluster-require-full-coverage", "no", "cluster-replica-no-failover", "yes")
+        keys = [f"n{number}:a" for number in range(30)]
+        driver = await RedisDriver.open(RedisOptions(url=f"redis://127.0.0.1:{group.nodes[1].port}"))
+        async with _closing(driver), kvpersist.open_store(driver, timeout=5) as store:
+            await asyncio.gather(*(store.put(key, key) for key in keys))
+            owners = [
+                await driver._servers.server(slot_of(names_of("kvpersist", space_of(key)).prefix)) for key in keys
+            ]
+            dead = {key for key, at in zip(keys, owners, strict=True) if at.where.endswith(f":{group.nodes[0].port}")}
+            assert 0 < len(dead) < 30
+            group.nodes[0].stop(signal.SIGKILL)
+
+            answers = await asyncio.gather(*(store.get(key) for key in keys), return_exceptions=True)
+            written = await asyncio.gather(*(store.put(key, 2) for key in keys), return_exceptions=True)
+
+            for key, answer, outcome in zip(keys, answers, written, strict=True):
+                assert isinstance(answer, Unavailable) if key in dead else answer == key
+                assert isinstance(outcome, Unavailable) if key in dead else isinstance(outcome, bytes)
     finally:
         group.close()
 

@@ -85,6 +85,7 @@ HEADER_BYTES: Final = 20
 """Length of what `packed_header` returns."""
 
 _HEADER: Final = struct.Struct(">8sQI")  # version, expiry in milliseconds or 0 for never, CRC32 of both
+_NEVER: Final = bytes(8)
 _FAR: Final = 1 << 53  # milliseconds: up to here every double holds them exactly
 
 
@@ -367,7 +368,7 @@ def milliseconds(expires_at: float | None) -> int:
 
 def packed_header(version: bytes, expires_ms: int) -> bytes:
     """Return what a driver writes before the value where its backend keeps nothing but bytes."""
-    head = version + expires_ms.to_bytes(8, "big")
+    head = version + (expires_ms.to_bytes(8, "big") if expires_ms else _NEVER)
     return head + crc32(head).to_bytes(4, "big")
 
 

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import random
 import shutil
+import ssl as tls_contexts
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -474,6 +475,7 @@ def test_a_password_is_not_shown() -> None:
         ("redis://127.0.0.1?colour=blue", BadOption),
         ("redis://127.0.0.1:1,127.0.0.1:2/0", Unavailable),
         ("", BadOption),
+        ("redis://127.0.0.1,127.0.0.1:x", BadOption),
     ],
 )
 async def test_an_address_without_meaning_is_refused(url: str, error: type[KvError]) -> None:
@@ -509,8 +511,18 @@ async def test_tls_is_spoken_with_a_server_whose_certificate_is_known(
         async with kvpersist.open_store(f"rediss://127.0.0.1:{port}?ssl_ca_certs={certificate}") as store:
             await store.put("greeting", "hello")
             assert await store.get("greeting") == "hello"
-        with pytest.raises(Unavailable, match=r"(?i)certificate"):
-            await RedisDriver.open(RedisOptions(url=f"rediss://127.0.0.1:{port}"))
+        context = tls_contexts.create_default_context(cafile=certificate)
+        for options in (
+            {"url": f"redis://127.0.0.1:{port}", "ssl": context},
+            {"url": f"redis://127.0.0.1:{port}", "ssl": "require"},
+            {"url": f"redis://127.0.0.1:{port}?ssl_ca_certs={certificate}", "ssl": True},
+            {"host": "127.0.0.1", "port": port, "ssl": context},
+        ):
+            async with kvpersist.open_store({"type": "redis", **options}) as store:
+                assert await store.get("greeting") == "hello"
+        for options in ({}, {"ssl": "verify-ca"}):
+            with pytest.raises(Unavailable, match=r"(?i)certificate"):
+                await RedisDriver.open(RedisOptions(url=f"rediss://127.0.0.1:{port}", **options))
     finally:
         server.close()
 

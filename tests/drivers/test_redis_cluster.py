@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.sentinel import Sentinel
+from redis_server import RedisCluster as OwnCluster
+from redis_server import RedisSentinel, missing
 
 import kvpersist
 from kvpersist import Message
@@ -73,6 +77,15 @@ async def _raw_master(url: str) -> AsyncIterator[Redis]:
     finally:
         await client.aclose()
         await sentinels.aclose()
+
+
+@asynccontextmanager
+async def _closing(driver: RedisDriver) -> AsyncIterator[None]:
+    """A store does not close a driver that it was handed."""
+    try:
+        yield
+    finally:
+        await driver.close()
 
 
 async def _emptied(driver: RedisDriver) -> None:
@@ -309,6 +322,94 @@ async def test_turns_of_many_tenants_are_kept_on_a_cluster(cluster: str) -> None
                 assert await db._all.messages.verify() == []
 
 
+async def test_the_rights_that_the_page_names_suffice_on_a_cluster(own_cluster: str) -> None:
+    rights = "+@read +@write +@string +@sortedset +@set +@scripting +@connection +info +time"
+    more = "+cluster|slots +@pubsub"
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "redis.md"
+    if page.exists():  # not where the tests of a wheel run
+        assert rights in page.read_text("utf-8")
+        assert all(f"`{right}`" in page.read_text("utf-8") for right in ("+cluster|slots", "+@pubsub"))
+    for _, port in _addresses(own_cluster):
+        async with Redis(port=port) as node:
+            words = ["reset", "on", ">pw", "~kvpersist:*", "&kvpersist:*", *rights.split(), *more.split()]
+            await node.execute_command("ACL", "SETUSER", "bob", *words)
+    driver = await RedisDriver.open(RedisOptions(url=own_cluster, username="bob", password="pw"))
+    async with kvpersist.open_store(driver) as store:
+        watch = driver.watch("c:")
+        assert await anext(watch) == ()
+        await store.put("c:a", 1, ttl=60)
+        assert await asyncio.wait_for(anext(watch), 5) == ("c:a",)
+        await watch.aclose()
+        await store.delete("c:a")
+        await store.sweep()
+    await driver.close()
+
+
+async def test_sentinels_that_ask_for_a_password_are_given_theirs(
+    missing_service: Callable[[str, str], NoReturn],
+) -> None:
+    if reason := missing():
+        missing_service("redis-sentinel", reason)
+    group = RedisSentinel()
+    try:
+        for sentinel in group.sentinels:
+            assert sentinel.say("ACL", "SETUSER", "watch", "on", ">their pw", "+@all").startswith(b"+OK")
+            assert sentinel.say("ACL", "SETUSER", "default", "off").startswith(b"+OK")
+        hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in group.sentinels)
+        options = {"url": f"redis://{hosts}/0", "sentinel": group.master_name, "sentinel_username": "watch"}
+
+        driver = await RedisDriver.open(RedisOptions(**options, sentinel_password="their pw"))
+        assert await driver.get(["c:a"]) == [None]
+        await driver.close()
+        with pytest.raises(BadOption, match="refuses this user") as told:
+            await RedisDriver.open(RedisOptions(**options, sentinel_password="wr0ng"))
+        assert told.value.option == "sentinel_password"
+        assert "wr0ng" not in str(told.value)
+    finally:
+        group.close()
+
+
+async def test_a_namespace_that_was_forgotten_is_announced_again(own_cluster: str) -> None:
+    async with _raw_cluster(own_cluster) as client, _opened(own_cluster) as driver:
+        await driver.commit([batch(Put("c:a", b"1"))])
+        await client.flushall(target_nodes=RedisCluster.PRIMARIES)
+        driver._forget = 0.0  # the minute is over
+
+        await driver.commit([batch(Put("c:b", b"2"))])
+
+        assert [entry.key for entry in await driver.scan(None, None, limit=5)] == ["c:b"]
+
+
+async def test_a_server_that_is_gone_fails_its_own_keys_and_no_others(
+    missing_service: Callable[[str, str], NoReturn],
+) -> None:
+    if reason := missing():
+        missing_service("redis-cluster", reason)
+    group = OwnCluster()
+    try:
+        for node in group.nodes:
+            node.say("CONFIG", "SET", "cluster-require-full-coverage", "no", "cluster-replica-no-failover", "yes")
+        keys = [f"n{number}:a" for number in range(30)]
+        driver = await RedisDriver.open(RedisOptions(url=f"redis://127.0.0.1:{group.nodes[1].port}"))
+        async with _closing(driver), kvpersist.open_store(driver, timeout=5) as store:
+            await asyncio.gather(*(store.put(key, key) for key in keys))
+            owners = [
+                await driver._servers.server(slot_of(names_of("kvpersist", space_of(key)).prefix)) for key in keys
+            ]
+            dead = {key for key, at in zip(keys, owners, strict=True) if at.where.endswith(f":{group.nodes[0].port}")}
+            assert 0 < len(dead) < 30
+            group.nodes[0].stop(signal.SIGKILL)
+
+            answers = await asyncio.gather(*(store.get(key) for key in keys), return_exceptions=True)
+            written = await asyncio.gather(*(store.put(key, 2) for key in keys), return_exceptions=True)
+
+            for key, answer, outcome in zip(keys, answers, written, strict=True):
+                assert isinstance(answer, Unavailable) if key in dead else answer == key
+                assert isinstance(outcome, Unavailable) if key in dead else isinstance(outcome, bytes)
+    finally:
+        group.close()
+
+
 # -- slots that move ------------------------------------------------------------------------------
 
 
@@ -348,6 +449,27 @@ async def test_a_slot_that_moved_is_followed(own_cluster: str) -> None:
         await driver.commit([batch(Put("c:told", b""))])
         assert await asyncio.wait_for(anext(watch), 10) == ("c:told",)
         await watch.aclose()
+
+
+async def test_what_was_written_is_told_where_nobody_tells_of_a_slot_that_moved(
+    own_cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nobody(self: Any, seen: int) -> None:
+        raise Unavailable("nobody tells")
+
+    async with _raw_cluster(own_cluster) as client, _opened(own_cluster) as driver:
+        await client.initialize()
+        spaces = [f"n{number}" for number in range(12)]
+        await driver.commit([batch(Put(f"{space}:a", b"1")) for space in spaces])
+        await _moved(client, slot_of(f"{driver._base}:{{.n3}}"))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(type(driver._servers), "look", nobody)
+            outcomes = await driver.commit([batch(Put(f"{space}:a", b"2")) for space in spaces])
+
+        written = [entry is not None and entry.value == b"2" for entry in await driver.get([f"{s}:a" for s in spaces])]
+        assert [isinstance(outcome, Committed) for outcome in outcomes] == written
+        assert sum(written) >= 11
 
 
 async def test_while_a_slot_moves_every_write_happens_once_or_fails_without_effect(own_cluster: str) -> None:

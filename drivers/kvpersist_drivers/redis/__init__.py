@@ -31,7 +31,6 @@ from kvpersist.errors import (
     BadOption,
     CommitUnknown,
     Conflict,
-    CorruptRecord,
     KvError,
     ReadOnly,
     Unavailable,
@@ -45,14 +44,15 @@ with needs_extra("redis", module="redis"), needs_extra("redis", module="hiredis"
         SCAN,
         SWEEP,
         TELL,
-        Connections,
         Request,
         Script,
         closed,
     )
     from kvpersist_drivers.redis._errors import of_reply
+    from kvpersist_drivers.redis._opening import servers_at
     from kvpersist_drivers.redis._options import Place, RedisOptions, place_of
     from kvpersist_drivers.redis._plan import MAX_VALUE_BYTES, Names, Plan, names_of, space_of
+    from kvpersist_drivers.redis._scanning import bounds_in, entries_of, only_namespace, pointing
     from kvpersist_drivers.redis._servers import Cluster, Sentinels, Servers, slot_of
     from kvpersist_drivers.redis._watch import changes
 
@@ -60,10 +60,7 @@ __all__ = ["RedisDriver", "RedisOptions"]
 
 _PAGE: Final = 1000  # entries of one call of the scan script, which hands as many names to one MGET
 _OLDEST: Final = (6, 2)  # the first with PXAT
-_SHARDED_CHANNELS: Final = (7, 0)  # the first with SPUBLISH
 _ANNOUNCED_SECONDS: Final = 60.0  # for which a cluster is trusted to remember a namespace
-_DAMAGED: Final = b"\xff"  # no frame begins so: whoever decodes the value names the key
-_NO_VERSION: Final = bytes(8)
 
 
 class RedisDriver:
@@ -127,7 +124,7 @@ class RedisDriver:
 
     @classmethod
     async def _opened(cls, place: Place, base: str) -> Self:
-        servers, info = await _servers(place)
+        servers, info = await servers_at(place)
         driver = cls(servers, base=base)
         try:
             await driver._probe(info)
@@ -194,7 +191,7 @@ class RedisDriver:
             raise closed()
         if limit <= 0 or (start is not None and end is not None and start >= end):
             return []
-        space = _only_namespace(start, end)
+        space = only_namespace(start, end)
         if space is not None:
             return await self._scan(space, start, end, limit, reverse, keys_only, deref)
         spaces = await self._spaces()
@@ -246,10 +243,9 @@ class RedisDriver:
                 yield keys
 
     async def _stored(self, keys: Sequence[str]) -> list[bytes | None]:
-        base = self._base
-        names = [
-            f"{base}:{{.{key[:at]}}}{key[at:]}" if (at := key.find(":")) >= 0 else f"{base}:{{.}}{key}" for key in keys
-        ]
+        start = f"{self._base}:{{."
+        parts = [key.partition(":") for key in keys]
+        names = [f"{start}{space}}}:{rest}" if colon else f"{start}}}{space}" for space, colon, rest in parts]
         return await (self._gathered(keys, names) if self._servers.sharded else self._ask(0, "MGET", *names))
 
     async def _gathered(self, keys: Sequence[str], names: list[str]) -> list[bytes | None]:
@@ -313,7 +309,7 @@ class RedisDriver:
         deref: str | None,
     ) -> list[Entry]:
         """Scan the part of ``[start, end)`` that lies in one namespace."""
-        bounds = _bounds(space, start, end)
+        bounds = bounds_in(space, start, end)
         if bounds is None:
             return []
         low, high = bounds
@@ -324,7 +320,7 @@ class RedisDriver:
         while len(found) < limit:
             args = [prefix, low, high, min(_PAGE, limit - len(found)), "reverse" * reverse, "keys" * keys_only, targets]
             last, *page = await self._run(SCAN, [index], args)
-            found += _entries(space, page, deref if near else None, keys_only)
+            found += entries_of(space, page, deref if near else None, keys_only)
             if last is None:
                 break
             bound = "(" + last.decode()
@@ -335,7 +331,7 @@ class RedisDriver:
         """Add the targets, which are in other namespaces, with one more call."""
         keys = [deref + entry.value.decode("utf-8", "replace") for entry in entries]
         return [
-            _pointing(entry, key, data)
+            pointing(entry, key, data)
             for entry, key, data in zip(entries, keys, await self._stored(keys) if keys else [], strict=True)
         ]
 
@@ -406,100 +402,6 @@ class RedisDriver:
         return CommitUnknown(tuple(op.key for op in batch.ops if not isinstance(op, Check)), f"{where}: {text}")
 
 
-async def _servers(place: Place) -> tuple[Servers, dict[str, str]]:
-    """Find out what stands at the place; return it with what it says of itself."""
-    if place.sentinel:
-        servers = Sentinels(place.sentinel, place.addresses, place.open_sentinel, place.open, place.limits)
-        return servers, await _told(servers)
-    failed: list[Unavailable] = []
-    for address in place.addresses or [None]:
-        pool = place.open(address) if place.pool is None else place.pool
-        path = pool.connection_kwargs.get("path")
-        single = Servers(Connections(pool, f"redis at {path or address}", place.limits))
-        try:
-            info = await _told(single)
-        except Unavailable as error:  # its neighbours may be there
-            failed.append(error)
-            continue
-        mode = info.get("redis_mode", "standalone")
-        if mode == "standalone" and len(place.addresses) < 2:
-            return single, info
-        await single.close()
-        if mode == "sentinel":
-            raise BadOption("sentinel", f"{single.where} is one: name the master too, ?kv.sentinel=NAME")
-        if mode != "cluster" and info:
-            raise BadOption(
-                "url", f"{single.where} is no part of a cluster: name one server, or sentinels and kv.sentinel"
-            )
-        return Cluster([address, *place.addresses] if address else [], place.open, place.limits), info
-    if len(failed) == 1:
-        raise failed[0]
-    raise Unavailable("; ".join(str(error) for error in failed))
-
-
-async def _told(servers: Servers) -> dict[str, str]:
-    """What a server says of itself, nothing where this user may not ask; closes the servers where that fails."""
-    try:
-        await servers.doubt()
-        [told] = await servers.ask([Request(0, ("INFO", "server"))])
-        if isinstance(told, KvError) and type(told) not in (ReadOnly, KvError):
-            raise told
-    except BaseException:
-        await servers.close()
-        raise
-    text: str = "" if isinstance(told, KvError) else told.decode("utf-8", "replace")
-    return {name: value for name, _, value in (line.partition(":") for line in text.splitlines())}
-
-
 def _unknown(error: KvError) -> KvError:
     """An error of the commit script itself comes from somewhere in its middle."""
     return CommitUnknown((), str(error)) if type(error) is KvError else error
-
-
-def _only_namespace(start: str | None, end: str | None) -> str | None:
-    """The one namespace in which every key of ``[start, end)`` is, None if that cannot be said."""
-    if start is None or end is None:
-        return None
-    space = grammar.partition(start)
-    return space if end == start + "\0" or (":" in start and end <= space + ";") else None
-
-
-def _bounds(space: str, start: str | None, end: str | None) -> tuple[str, str] | None:
-    """``[start, end)`` as Redis wants it for the members of a namespace's index; None if nothing is in it."""
-    if not space:
-        return ("-" if start is None else "[" + start), ("+" if end is None else "(" + end)
-    first, after = space + ":", space + ";"
-    if (start is not None and start >= after) or (end is not None and end <= first):
-        return None
-    low = "-" if start is None or start <= first else "[" + start[len(space) :]
-    high = "+" if end is None or end >= after else "(" + end[len(space) :]
-    return low, high
-
-
-def _entries(space: str, page: list[bytes], deref: str | None, keys_only: bool) -> list[Entry]:
-    """The entries of a page: member, what is stored, and with ``deref`` what is stored at the target."""
-    if deref is None:
-        items = iter(page)
-        return [
-            _listed(space + member.decode(), stored, keys_only) for member, stored in zip(items, items, strict=True)
-        ]
-    entries: list[Entry] = []
-    for at in range(0, len(page), 3):
-        member, stored, target = page[at : at + 3]
-        entry = _listed(space + member.decode(), stored)
-        entries.append(_pointing(entry, deref + entry.value.decode("utf-8", "replace"), target))
-    return entries
-
-
-def _pointing(entry: Entry, key: str, target: bytes | None) -> Entry:
-    """``entry`` with what is stored at ``key``; a damaged one points at nothing."""
-    found = None if target is None or entry.version is _NO_VERSION else _listed(key, target)
-    return Entry(entry.key, entry.value, entry.version, entry.expires_at, found)
-
-
-def _listed(key: str, stored: bytes, keys_only: bool = False) -> Entry:
-    """An entry of a list; a damaged one is told by its value, so that the list can go on."""
-    try:
-        return unpacked_entry(key, stored)
-    except CorruptRecord as error:
-        return Entry(key, b"" if keys_only else _DAMAGED + error.reason.encode(), _NO_VERSION)

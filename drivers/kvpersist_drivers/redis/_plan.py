@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
-from kvpersist.driver import ABSENT, HEADER_BYTES, Batch, Check, Delete, milliseconds, packed_header
+from kvpersist.driver import ABSENT, HEADER_BYTES, Batch, Check, Put, milliseconds, packed_header
 from kvpersist.errors import BadKey, BadRequest, KvError, Unsupported, ValueTooLarge
 
 __all__ = ["MAX_VALUE_BYTES", "Names", "Plan", "names_of", "space_of"]
@@ -46,70 +46,72 @@ class Plan:
         self._base = base
         self._sharded = sharded
         self._flags = _SHARDED * sharded + _TELLS * tells
-        self._spaces: dict[str, int] = {}  # numbered from 1
-        self._has_puts: list[bool] = []
+        self._spaces: dict[str, _Space] = {}
         self._steps = bytearray()
         self._names: list[str] = []
         self._values: list[str | bytes | int] = []
 
     @property
     def has_puts(self) -> bool:
-        return any(self._has_puts)
+        return any(space.has_puts for space in self._spaces.values())
 
     def add(self, batch: Batch, place: int) -> KvError | None:
         """Take ``batch`` in, unless it is empty; return why not."""
         if not batch.ops:
             return None
-        names: list[str] = []
-        values: list[str | bytes | int] = []
-        steps = bytearray()
-        first = batch.ops[0].key
-        space = space_of(first)
-        prefix, cut = f"{self._base}:{{.{space}}}", len(space)
-        header = b""
+        taken = len(self._names), len(self._values), len(self._steps)
         try:
-            for op in batch.ops:
-                key, expect = op.key, op.expect
-                if key[: max(key.find(":"), 0)] != space:
-                    return Unsupported("a batch across namespaces", f"{first!r} and {key!r} cannot be written together")
-                if not key.isascii():
-                    key.encode()
-                names.append(prefix + key[cut:])
-                condition = 0 if expect is None else _IF_ABSENT if expect is ABSENT else _IF_VERSION
-                if isinstance(op, Check):
-                    steps.append(_CHECK + condition)
-                elif isinstance(op, Delete):
-                    steps.append(_DELETE + condition)
-                else:
-                    if len(op.value) > MAX_VALUE_BYTES:
-                        return ValueTooLarge(key, len(op.value), MAX_VALUE_BYTES)
-                    if op.expires_at is None:
-                        header = header or packed_header(batch.version, 0)
-                        steps.append(_PUT + condition)
-                        values.append(header + op.value)
-                    else:
-                        expires_ms = milliseconds(op.expires_at)
-                        steps.append(_EXPIRING + condition)
-                        values += (expires_ms, packed_header(batch.version, expires_ms) + op.value)
-                if condition == _IF_VERSION:
-                    assert isinstance(expect, bytes)
-                    steps += expect
-                    if len(expect) != 8:
-                        return BadRequest(f"the version expected at {key!r} has {len(expect)} bytes instead of 8")
+            self._add(batch)
         except UnicodeEncodeError as error:
-            return BadKey(error.object, "no UTF-8 text: it holds a lone surrogate")
-        except BadRequest as error:
-            return error
-        number = self._spaces.setdefault(space, len(self._spaces) + 1)
-        if number > len(self._has_puts):
-            self._has_puts.append(False)
-        if values:
-            self._has_puts[number - 1] = True
-        self._steps += number.to_bytes(2, "big") + len(names).to_bytes(3, "big") + steps
-        self._names += names
-        self._values += values
-        self.places.append(place)
-        return None
+            refused: KvError = BadKey(error.object, "no UTF-8 text: it holds a lone surrogate")
+        except (BadRequest, Unsupported) as error:
+            refused = error
+        else:
+            self.places.append(place)
+            return None
+        del self._names[taken[0] :], self._values[taken[1] :], self._steps[taken[2] :]
+        return refused
+
+    def _add(self, batch: Batch) -> None:
+        ops, names, values, steps = batch.ops, self._names, self._values, self._steps
+        first = ops[0].key
+        text = first[: max(first.find(":"), 0)]
+        space = self._spaces.get(text)
+        if space is None:
+            space = self._spaces[text] = _Space(self._base, text, len(self._spaces) + 1)
+        start, prefix, cut = space.start, space.prefix, len(text)
+        steps += space.number + len(ops).to_bytes(3, "big")
+        header = b""
+        for op in ops:
+            key, expect, kind = op.key, op.expect, type(op)
+            if not (key.startswith(start) if text else key.find(":") <= 0):
+                raise Unsupported("a batch across namespaces", f"{first!r} and {key!r} cannot be written together")
+            if not key.isascii():
+                key.encode()
+            names.append(prefix + key[cut:])
+            condition = 0 if expect is None else _IF_ABSENT if expect is ABSENT else _IF_VERSION
+            if kind is Check:
+                steps.append(_CHECK + condition)
+            elif isinstance(op, Put):
+                value, expires_at = op.value, op.expires_at
+                if len(value) > MAX_VALUE_BYTES:
+                    raise ValueTooLarge(key, len(value), MAX_VALUE_BYTES)
+                if expires_at is None:
+                    header = header or packed_header(batch.version, 0)
+                    steps.append(_PUT + condition)
+                    values.append(header + value)
+                else:
+                    expires_ms = milliseconds(expires_at)
+                    steps.append(_EXPIRING + condition)
+                    values += (expires_ms, packed_header(batch.version, expires_ms) + value)
+                space.has_puts = True
+            else:
+                steps.append(_DELETE + condition)
+            if condition == _IF_VERSION:
+                version = cast(bytes, expect)
+                if len(version) != 8:
+                    raise BadRequest(f"the version expected at {key!r} has {len(version)} bytes instead of 8")
+                steps += version
 
     def words(self) -> tuple[str | bytes | int, ...]:
         """Return the number of KEYS of the script, these, and ARGV."""
@@ -117,6 +119,18 @@ class Plan:
         for space in self._spaces:
             names = names_of(self._base, space)
             keys += names[1:] if keys else (names.lex, *names[1:])
-        head = bytes((self._flags,)) + len(self._spaces).to_bytes(2, "big") + bytes(self._has_puts)
-        names = self._names
-        return (len(keys) + len(names), *keys, *names, head + bytes(self._steps), *self._spaces, *self._values)
+        has_puts = bytes([space.has_puts for space in self._spaces.values()])
+        plan = bytes((self._flags,)) + len(self._spaces).to_bytes(2, "big") + has_puts + bytes(self._steps)
+        return (len(keys) + len(self._names), *keys, *self._names, plan, *self._spaces, *self._values)
+
+
+class _Space:
+    """A namespace of a plan."""
+
+    __slots__ = ("has_puts", "number", "prefix", "start")
+
+    def __init__(self, base: str, text: str, number: int) -> None:
+        self.start = f"{text}:"  # of its keys
+        self.prefix = f"{base}:{{.{text}}}"  # of their names, less the namespace
+        self.number = number.to_bytes(2, "big")
+        self.has_puts = False

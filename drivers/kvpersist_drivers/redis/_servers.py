@@ -93,7 +93,7 @@ class Servers:
         """The server that has the keys of ``slot``. Raises Unavailable where that is not known."""
         return self._connections
 
-    async def doubt(self) -> None:
+    def doubt(self) -> None:
         """A server did not do what it should: look anew before the next call where there may be another."""
 
     async def close(self) -> None:
@@ -137,7 +137,11 @@ class _Moving(Servers):
             if round_ > 1:
                 await asyncio.sleep(_AGAIN_SECONDS * 2**round_)
             if self._doubted:
-                await self.look(self._looks)
+                try:
+                    await self.look(self._looks)
+                except KvError:
+                    if not round_:  # later, something may have been done: the answers tell
+                        raise
             looks = self._looks
             groups: dict[tuple[Connections, bool], list[int]] = {}
             for at, other in left.items():
@@ -186,7 +190,7 @@ class _Moving(Servers):
             raise Unavailable(f"{self.where}: no server has slot {slot}")
         return found
 
-    async def doubt(self) -> None:
+    def doubt(self) -> None:
         self._doubted = True
 
     async def look(self, seen: int) -> None:

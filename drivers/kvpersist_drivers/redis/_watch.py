@@ -59,7 +59,7 @@ async def changes(servers: Servers, base: str, prefix: str) -> AsyncGenerator[tu
         except StoreClosed:
             raise
         except Unavailable:
-            await servers.doubt()
+            servers.doubt()
             await asyncio.sleep(wait * random.uniform(0.5, 1))
             wait = min(2 * wait, _LONGEST_WAIT)
 

@@ -49,6 +49,7 @@ end
 
 local failed, number = {}, 0
 local kinds, args = {}, {}
+local seen = {} -- versions of what is checked, as many batches check the same
 while at <= #plan do
   local s = byte(plan, at) * 256 + byte(plan, at + 1)
   local count = (byte(plan, at + 2) * 256 + byte(plan, at + 3)) * 256 + byte(plan, at + 4)
@@ -69,8 +70,10 @@ while at <= #plan do
         at = at + 8
       end
       if not position then
-        found = pcall('GETRANGE', KEYS[key + i], 0, 7)
+        local name = KEYS[key + i]
+        found = kind == 0 and seen[name] or pcall('GETRANGE', name, 0, 7)
         if type(found) == 'table' then found = '' end
+        if kind == 0 then seen[name] = found end
         if found ~= expected then position = i - 1 end
       end
     end
@@ -82,6 +85,7 @@ while at <= #plan do
       if kind == 2 and tonumber(ARGV[value]) <= now() then kind = 3 end
       if kind > 0 then
         local done
+        seen[name] = nil
         if kind == 1 then
           done = pcall('SET', name, ARGV[value])
         elseif kind == 2 then

@@ -94,9 +94,10 @@ def test_a_module_imports_what_its_extra_brings_and_no_more(module: str) -> None
         "kvpersist_drivers.mysql": {"asyncmy"},
         "kvpersist_drivers.diskcache": {"diskcache"},
         "kvpersist_drivers.filesystem": {"aiofiles"},
+        "kvpersist_drivers.mongo": {"pymongo", "bson"},
         "kvpersist_drivers.redis": _REDIS,
+        **_BUCKETS,
     }
-    extras = {"kvpersist.cli": _CLI, "kvpersist.testing": _TESTING, "kvpersist_drivers.redis": _REDIS, **_BUCKETS}
     allowed = _BASE.union(*(more for prefix, more in extras.items() if module.startswith(prefix)))
 
     assert _imported(_TREES[module]) - set(sys.stdlib_module_names) - allowed == set()

@@ -5,9 +5,9 @@ that its tag is still the same; a small memory of versions and tags saves the fi
 
 Where a service ignores conditions on a DELETE (`Conditions.delete` is false), an entry that is deleted on a
 condition is overwritten by a *tombstone*: shorter than a header, so that a listing tells it from an entry. Later
-it is removed in two steps, since nothing keeps the DELETE from hitting an entry that was written meanwhile:
-`Records.bury` first marks it as *doomed*; nobody writes over a doomed one from half a minute on, and only then
-it is deleted. For the same reason an entry is never written blindly there unless it was seen alive lately.
+it is removed in two steps, since nothing keeps the DELETE from hitting an entry that was written meanwhile: it
+is first marked as *doomed*; nobody writes over a doomed one from half a minute on, and only then whoever marked
+it, nobody else, deletes it. For the same reason no entry is written blindly there unless it was seen alive lately.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Records:
         self.grace = None if grace is None else int(grace * 1000)
         self.clock: Clock = time.time
         self._seen: OrderedDict[str, tuple[Seen, float]] = OrderedDict()  # key -> what, and when by the loop's clock
+        self._doomed: dict[str, str] = {}  # key -> tag of the tombstone that was marked here
         self._filed: OrderedDict[tuple[str, int], None] = OrderedDict()  # removals that are noted
 
     # -- reading
@@ -175,7 +176,7 @@ class Records:
         Raises:
             Conflict: it is not as expected. Unavailable: it changed too often, or is being removed.
         """
-        known = self._seen.get(key)
+        known = self._seen.get(key) if expect is not None else None  # it may be too old to write blindly
         seen = known[0] if known is not None else None
         fresh = False  # whether it was looked at in this call
         for attempt in range(_ATTEMPTS):
@@ -234,10 +235,11 @@ class Records:
             Whether an expired entry went, and whether the note of ``due_ms`` has served.
         """
         seen = await self._look(key)
+        if seen is not None and seen.version is None:
+            return False, await self._bury(key, seen, due_ms)
+        self._doomed.pop(key, None)
         if seen is None:
             return False, True
-        if seen.version is None:
-            return False, await self._bury(key, seen, due_ms)
         if self.is_live(seen):
             return False, not due_ms <= seen.expires_ms < due_ms + _STEP
         try:
@@ -262,12 +264,14 @@ class Records:
             return False
         if seen.doomed and now < seen.since + _DOOM:
             return False
+        mine = self._doomed.pop(key, None) == seen.tag
         if seen.doomed and now < seen.since + 2 * _DOOM:
-            await self.store.delete(self.root + escaped(key))
-            self._seen.pop(key, None)
-            return True
+            if mine:
+                await self.store.delete(self.root + escaped(key))
+                self._seen.pop(key, None)
+            return mine
         with suppress(Changed):
-            await self._write_tombstone(key, os.urandom(8), seen.tag, now, doomed=True)
+            self._doomed[key] = await self._write_tombstone(key, os.urandom(8), seen.tag, now, doomed=True)
         return False
 
     async def _entomb(self, key: str, version: bytes, condition: Condition) -> None:
@@ -276,10 +280,11 @@ class Records:
             await self.file(key, now + self.grace)
         await self._write_tombstone(key, version, condition, now, doomed=False)
 
-    async def _write_tombstone(self, key: str, version: bytes, condition: Condition, now: int, *, doomed: bool) -> None:
+    async def _write_tombstone(self, key: str, version: bytes, condition: Condition, now: int, *, doomed: bool) -> str:
         head = (b"X" if doomed else b"T") + now.to_bytes(6, "big") + version
         tag = await self.store.put(self.root + escaped(key), head + crc32(head).to_bytes(4, "big"), condition)
         self._remember(key, Seen(None, 0, tag, now, doomed))
+        return tag
 
     def _refuse_doomed(self, key: str, seen: Seen | None) -> None:
         """Raise Busy where a DELETE may be under way."""

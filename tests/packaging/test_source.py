@@ -80,6 +80,7 @@ def test_the_scan_finds_what_revives_and_runs() -> None:
 @pytest.mark.parametrize("module", _TREES)
 def test_a_module_imports_what_its_extra_brings_and_no_more(module: str) -> None:
     extras = {"kvpersist.cli": _CLI, "kvpersist.testing": _TESTING, "kvpersist_drivers.redis": _REDIS}
+    extras["kvpersist_drivers.mongo"] = {"pymongo", "bson"}
     allowed = _BASE.union(*(more for prefix, more in extras.items() if module.startswith(prefix)))
 
     assert _imported(_TREES[module]) - set(sys.stdlib_module_names) - allowed == set()

@@ -14,7 +14,7 @@ from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
 
 from kvpersist.driver import ABSENT, Entry, Expect, Put, milliseconds
-from kvpersist.errors import CommitUnknown, CorruptRecord, KvError, ReadOnly, ValueTooLarge
+from kvpersist.errors import BadOption, CommitUnknown, CorruptRecord, KvError, ReadOnly, ValueTooLarge
 from kvpersist_drivers.mongo._errors import DUPLICATE_KEY, Translator
 
 __all__ = ["MAX_KEY_BYTES", "MAX_VALUE_BYTES", "Entries", "document", "entry_of", "moment"]
@@ -62,13 +62,19 @@ class Entries:
     def __init__(self, database: Any, name: str, errors: Translator) -> None:
         self.errors = errors
         self.finds_one_only = False  # the server reads every document, unless it is asked for one by its ``_id``
-        given: WriteConcern = database.client.write_concern
+        writes: WriteConcern = database.client.write_concern
+        if writes.is_server_default:
+            writes = WriteConcern("majority")
+        if not writes.acknowledged:
+            raise BadOption("url", "with w=0 nobody learns whether a write happened: leave it out")
+        # a majority may not know yet what fewer have acknowledged
+        reads = ReadConcern("majority" if writes.document.get("w") == "majority" else "local")
         self._collection = database.get_collection(
             name,
             codec_options=CodecOptions(),  # whatever a ready client prefers
             read_preference=ReadPreference.PRIMARY,
-            read_concern=ReadConcern("majority"),
-            write_concern=WriteConcern("majority") if given.is_server_default else given,
+            read_concern=reads,
+            write_concern=writes,
         )
 
     async def expire_by_index(self) -> bool:
@@ -86,10 +92,13 @@ class Entries:
 
     async def versions(self, keys: Sequence[str], now: datetime) -> dict[str, tuple[Expect, bytes]]:
         """Return what is at each of ``keys`` that has a document: its version or ABSENT, and the version stored."""
-        return {
-            found["_id"]: (found["r"] if _lives(found, now) else ABSENT, found["r"])
-            for found in await self._find(keys, _NO_VALUE)
-        }
+        answer: dict[str, tuple[Expect, bytes]] = {}
+        for found in await self._find(keys, _NO_VALUE):
+            version = found.get("r")
+            if type(version) is not bytes:
+                version = b""  # a document that is not ours has none that could be expected
+            answer[found["_id"]] = (version if _lives(found, now) else ABSENT, version)
+        return answer
 
     async def scan(
         self, start: str | None, end: str | None, now: datetime, limit: int, reverse: bool, keys_only: bool
@@ -181,4 +190,4 @@ class Entries:
 
 def _lives(found: dict[str, Any], now: datetime) -> bool:
     expires = found.get("e")
-    return expires is None or expires > now
+    return type(expires) is not datetime or expires > now

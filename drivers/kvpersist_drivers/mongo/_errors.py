@@ -8,6 +8,7 @@ from socket import gaierror
 from ssl import SSLCertVerificationError
 from typing import Any, Final
 
+from bson.errors import BSONError
 from pymongo import errors as theirs
 
 from kvpersist.errors import (
@@ -43,7 +44,8 @@ class Translator:
             servers = sorted(self._client.topology_description.server_descriptions())
         except (AttributeError, theirs.PyMongoError):
             servers = []
-        return " ".join(["mongodb at", ",".join(f"{host}:{port}" for host, port in servers) or "?"])
+        shown = ",".join(host if port is None else f"{host}:{port}" for host, port in servers)
+        return f"mongodb at {shown or '?'}"
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -53,6 +55,8 @@ class Translator:
             raise self.of_client(error, writes=False) from error
         except UnicodeEncodeError as error:
             raise BadKey(error.object, "no UTF-8 text: it holds a lone surrogate") from error
+        except BSONError as error:
+            raise KvError(f"{self.where}: an answer that cannot be read: {error}") from error
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -72,13 +76,16 @@ class Translator:
         if isinstance(error, theirs.WaitQueueTimeoutError):
             pool = self._client.options.pool_options
             return PoolExhausted(pool.max_pool_size, pool.max_pool_size, pool.wait_queue_timeout or 0.0)
-        if isinstance(error, theirs.InvalidOperation) and "after close" in str(error):
-            return StoreClosed("the client was closed: open the store again")
+        if isinstance(error, theirs.InvalidOperation):
+            closed = "after close" in str(error)
+            return StoreClosed("the client was closed: open the store again") if closed else KvError(message)
+        if isinstance(error, theirs.ConfigurationError):  # of mongodb+srv, whose hosts are looked up when first needed
+            return BadOption("url", message)
         if isinstance(error, theirs.OperationFailure):
             return self._of_refusal(error, message, writes)
-        if isinstance(error, theirs.ConnectionFailure) and not (writes and _may_have_been_sent(error)):
-            return Unavailable(f"{message}; nothing was changed: try again")
-        return CommitUnknown((), message) if writes else KvError(message)
+        if writes and _may_have_been_sent(error):
+            return CommitUnknown((), message)
+        return Unavailable(f"{message}; nothing was changed: try again")
 
     def _of_refusal(self, error: theirs.OperationFailure, message: str, writes: bool) -> KvError:
         if error.code in _WRONG_LOGIN:
@@ -90,7 +97,7 @@ class Translator:
         return Unavailable(message) if error.timeout or error.has_error_label("RetryableError") else KvError(message)
 
 
-def _may_have_been_sent(error: theirs.ConnectionFailure) -> bool:
+def _may_have_been_sent(error: theirs.PyMongoError) -> bool:
     if isinstance(error, theirs.ServerSelectionTimeoutError):
         return False
     if isinstance(error, theirs.NotPrimaryError):

@@ -5,8 +5,9 @@ FerretDB 1.x looks for the document that the filter of an update or a delete nam
 keep is uniqueness. So there every commit takes a turn: it inserts the one document that a collection
 beside the entries may have, and deletes it by an ``_id`` that nobody else has.
 
-A turn whose holder died ends when another process has seen it unchanged for `_LEASE` seconds; a holder
-sends nothing more after `_LONGEST`. No clock is compared with another machine's.
+A holder says every `_BEAT` seconds that it is alive, and gives up what it does when it could not say so
+for `_SILENT`. A turn that another process has seen unchanged for `_LEASE` is ended by it. No clock is
+compared with another machine's.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ __all__ = ["Turns"]
 
 _Answer = TypeVar("_Answer")
 
-_LEASE: Final = 15.0  # seconds
-_LONGEST: Final = 8.0  # seconds
+_BEAT: Final = 1.0  # seconds
+_SILENT: Final = 5.0  # seconds
+_LEASE: Final = 8.0  # seconds
 _SETTLING: Final = 0.5  # seconds after which a write whose answer was lost has ended
 _PAUSE: Final = 0.004  # seconds between two attempts, on average
 _PATIENCE: Final = 30.0  # seconds a commit waits for its turn, unless its store's deadline is sooner
@@ -46,7 +48,8 @@ class Turns:
         self._token = ""
         self._since = 0.0
         self._left: tuple[str, float] | None = None  # a turn of ours that may still be there, and from when on
-        self._seen: tuple[str, float] | None = None  # the turn of another, and when it was first seen
+        self._seen: tuple[Any, float] | None = None  # the turn of another, and when it was first seen so
+        self._asked = 0.0  # when it was last looked at
 
     async def prepare(self) -> None:
         """Make sure that there can be no two."""
@@ -75,17 +78,33 @@ class Turns:
             self._queue.release()
 
     async def within(self, work: Coroutine[Any, Any, _Answer]) -> _Answer:
-        """Do ``work``, which the holder of a turn may not wait for longer than it lasts."""
+        """Do ``work``, for as long as others can see that its process is alive."""
+        call = asyncio.ensure_future(work)
         try:
-            async with asyncio.timeout(self._since + _LONGEST - time.monotonic()):
-                return await work
-        except TimeoutError as error:
-            self.unsettled()
-            raise CommitUnknown((), f"{self._errors.where}: no answer in {_LONGEST:g} s") from error
+            while not (await asyncio.wait({call}, timeout=_BEAT))[0]:
+                await self._beat()
+        except BaseException:
+            call.cancel()
+            await asyncio.wait({call})
+            raise
+        return call.result()
 
     def unsettled(self) -> None:
         """The answer to a write was lost: it may still be going on, so the turn is not given back at once."""
         self._left = (self._token, time.monotonic())
+
+    async def _beat(self) -> None:
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(self._since + _SILENT - began):
+                with self._errors.writing():
+                    done = await self._collection.update_one({"_id": self._token}, {"$inc": {"beat": 1}})
+        except (TimeoutError, KvError) as error:
+            self.unsettled()
+            raise CommitUnknown((), f"{self._errors.where}: no answer in {_SILENT:g} s") from error
+        if not done.matched_count:
+            raise CommitUnknown((), f"{self._errors.where}: another process took this one for dead")
+        self._since = began
 
     async def _take(self) -> None:
         if self._left is not None:
@@ -121,21 +140,21 @@ class Turns:
 
     async def _end_a_dead_one(self) -> None:
         now = time.monotonic()
-        if self._seen is not None and now - self._seen[1] < _LEASE and random.random() < 0.9:
+        if self._seen is not None and now - self._asked < _BEAT / 4:
             return  # asked for often enough to see that it changed
+        self._asked = now
         async with self._asking():
             holder = await self._collection.find_one({"turn": 1})
-            token = None if holder is None else holder["_id"]
-            if self._seen is None or self._seen[0] != token:
-                self._seen = None if token is None else (token, now)
+            if holder is None or self._seen is None or self._seen[0] != holder:
+                self._seen = None if holder is None else (holder, now)
             elif now - self._seen[1] >= _LEASE:
-                await self._collection.delete_one({"_id": token})
+                await self._collection.delete_one({"_id": holder["_id"]})
 
     @asynccontextmanager
     async def _asking(self) -> AsyncIterator[None]:
         try:
             with self._errors.reading():
-                async with asyncio.timeout(_LONGEST):
+                async with asyncio.timeout(_SILENT):
                     yield
         except TimeoutError as error:
-            raise Unavailable(f"{self._errors.where}: no answer in {_LONGEST:g} s") from error
+            raise Unavailable(f"{self._errors.where}: no answer in {_SILENT:g} s") from error

@@ -1,4 +1,7 @@
-"""The floor on a bucket: s3fs alone, one request for each object."""
+"""The floor on a bucket: s3fs alone.
+
+As it comes, s3fs asks for an object's size before it reads it; `AT_ONCE` is how it reads with one request.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from typing import Any, Generic, Self, TypeVar
 import msgspec
 from s3fs import S3FileSystem
 
-__all__ = ["RawBucket"]
+__all__ = ["AT_ONCE", "RawBucket"]
 
 T = TypeVar("T")
+AT_ONCE = {"max_concurrency": 1}
 
 
 class RawBucket(Generic[T]):
@@ -33,17 +37,17 @@ class RawBucket(Generic[T]):
     async def put(self, id_: str, record: T) -> None:
         await self.filesystem._pipe_file(f"{self._root}/{id_}", self._encode(record))
 
-    async def get(self, id_: str) -> T:
-        return self._decode(await self.filesystem._cat_file(f"{self._root}/{id_}"))
+    async def get(self, id_: str, **how: int) -> T:
+        return self._decode(await self.filesystem._cat_file(f"{self._root}/{id_}", **how))
 
-    async def list(self, prefix: str) -> list[T]:
+    async def list(self, prefix: str, **how: int) -> list[T]:
         """Names, then every object, side by side."""
         names = await self.filesystem._find(f"{self._root}/{prefix}")
-        return await asyncio.gather(*(self._one(name) for name in names))
+        return await asyncio.gather(*(self._one(name, how) for name in names))
 
-    async def _one(self, name: str) -> T:
+    async def _one(self, name: str, how: dict[str, int]) -> T:
         async with self._reading:
-            return self._decode(await self.filesystem._cat_file(name))
+            return self._decode(await self.filesystem._cat_file(name, **how))
 
     async def close(self) -> None:
         await self._session.close()

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
-from floors_buckets import RawBucket
-from measure import Line, Plan
+from floors_buckets import AT_ONCE, RawBucket
+from measure import Line, Plan, Side
 from rows import Row
 from servers import needed, new_name
 from work import Note, drawn, new_note, new_notes, side
@@ -48,21 +48,25 @@ async def _o1(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
                 "kvpersist": side(new_notes(count), notes.put, count, _TASKS),
                 "floor": side(new_notes(count), lambda note: raw.put(note.id, note), count, _TASKS),
             }
-            gets = {
-                "kvpersist": side(drawn(ids, count), notes.get, count, _TASKS),
-                "floor": side(drawn(ids, count), raw.get, count, _TASKS),
-            }
             names = ["listed/"] * lists
-            scans = {
-                "kvpersist": side(lambda: names, lambda _: listed.find(limit=_LISTED), lists),
-                "floor": side(lambda: names, raw.list, lists),
-            }
-            setting = store.capabilities.server
-            yield [
-                Line("O1", "put c32", 1.25, puts, setting=setting),
-                Line("O1", "get c32", 1.25, gets, setting=setting),
-                Line("O1", f"list {_LISTED} with values", 1.25, scans, setting=setting),
+            ours_get = side(drawn(ids, count), notes.get, count, _TASKS)
+            ours_list = side(lambda: names, lambda _: listed.find(limit=_LISTED), lists)
+
+            def get_and_list(how: dict[str, int]) -> tuple[dict[str, Side], dict[str, Side]]:
+                get = side(drawn(ids, count), lambda id_: raw.get(id_, **how), count, _TASKS)
+                found = side(lambda: names, lambda prefix: raw.list(prefix, **how), lists)
+                return {"kvpersist": ours_get, "floor": get}, {"kvpersist": ours_list, "floor": found}
+
+            get, found = get_and_list(AT_ONCE)
+            get_as_it_comes, found_as_it_comes = get_and_list({})
+            lines: list[tuple[str, float | None, dict[str, Side]]] = [
+                ("put c32", 1.25, puts),
+                ("get c32", 1.25, get),
+                ("get c32, s3fs as it comes", None, get_as_it_comes),
+                (f"list {_LISTED} with values", 1.25, found),
+                (f"list {_LISTED} with values, s3fs as it comes", None, found_as_it_comes),
             ]
+            yield [Line("O1", *line, setting=store.capabilities.server) for line in lines]
     finally:
         with suppress(FileNotFoundError):
             await raw.filesystem._rm(f"{bucket}/{name}", recursive=True)

@@ -1,7 +1,8 @@
-"""Measure the sqlite rows of the performance goals: ``bench.py [S1 S3 ...] [--quick] [--json FILE]``.
+"""Measure the rows of the performance goals: ``bench.py [S1 R2 ...] [--quick] [--json FILE]``; ``--list`` names them.
 
-Each goal is a cost ratio to a floor written by hand (``floors.py``), measured interleaved in this
-one process. ``--noise`` runs every floor against itself: what that shows beyond 1.00 is the machine.
+Each goal is a cost ratio to a floor written by hand (``floors_*.py``), measured interleaved in this
+one process. A row whose server or client is missing is skipped, with the reason. ``--noise`` runs
+every floor against itself: what that shows beyond 1.00 is the machine.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT), str(ROOT / "drivers")]
 
 from measure import Figure, Line, Plan, measure, over, spread  # noqa: E402
-from rows import ROWS  # noqa: E402
+from rows import MODULES, Row, row  # noqa: E402
+from servers import Missing  # noqa: E402
+
+from kvpersist.errors import MissingExtra  # noqa: E402
 
 __all__ = ["main"]
 
@@ -32,17 +36,21 @@ QUICK = Plan(rounds=5, turns=2, scale=0.4, load=0.25)
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; exit status 1 where ``--strict`` and a goal was missed."""
     parser = argparse.ArgumentParser(prog="bench", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {' '.join(ROWS)}; all without any")
-    parser.add_argument("--quick", action="store_true", help="under 40 s; for a first look only")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {' '.join(MODULES)}; all without any")
+    parser.add_argument("--list", action="store_true", help="print the rows and the modules that hold them")
+    parser.add_argument("--quick", action="store_true", help="a few seconds each; for a first look only")
     parser.add_argument("--rounds", type=int, help="at least 5 to be quoted")
     parser.add_argument("--noise", action="store_true", help="each floor against itself")
     parser.add_argument("--json", metavar="FILE", help="write settings and figures there ('-': standard output)")
     parser.add_argument("--dir", metavar="DIR", help="where the database files go")
     parser.add_argument("--strict", action="store_true", help="exit status 1 when a goal is missed")
     options = parser.parse_args(arguments)
-    wanted = [row.upper() for row in options.rows] or list(ROWS)
-    if unknown := [row for row in wanted if row not in ROWS]:
-        parser.error(f"no row {', '.join(unknown)}; there are {' '.join(ROWS)}")
+    if options.list:
+        print(*(f"{name}: {module}.py" for name, module in MODULES.items()), sep="\n")
+        return 0
+    wanted = [name.upper() for name in options.rows] or list(MODULES)
+    if unknown := [name for name in wanted if name not in MODULES]:
+        parser.error(f"no row {', '.join(unknown)}; there are {' '.join(MODULES)}")
     plan = QUICK if options.quick else Plan()
     if options.rounds:
         plan = msgspec.structs.replace(plan, rounds=options.rounds)
@@ -53,11 +61,17 @@ def main(arguments: list[str] | None = None) -> int:
         print(_HEAD, file=out, flush=True)
         begun = time.monotonic()
         figures: list[Figure] = []
-        for row in wanted:
-            place = Path(folder, row)
+        skipped: dict[str, str] = {}
+        for name in dict.fromkeys(wanted):
+            place = Path(folder, name)
             place.mkdir()
-            figures += asyncio.run(_row(row, str(place), plan, options.noise, out))
+            try:
+                figures += asyncio.run(_row(row(name), str(place), plan, options.noise, out))
+            except (Missing, MissingExtra, ModuleNotFoundError) as reason:
+                skipped[name] = str(reason)
+                print(f"| {name} | skipped: {reason} |" + " |" * 6, file=out, flush=True)
     settings["seconds"] = round(time.monotonic() - begun, 1)
+    settings["skipped"] = skipped
     settings["spread"] = round(spread(figures), 3)
     print(f"{settings['seconds']} s; spread of the rounds, (max - min) / median: {settings['spread']:.0%}", file=out)
     if options.json:
@@ -69,9 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if options.strict and any(figure.reached is False for figure in figures) else 0
 
 
-async def _row(row: str, folder: str, plan: Plan, noise: bool, out: object) -> list[Figure]:
+async def _row(row: Row, folder: str, plan: Plan, noise: bool, out: object) -> list[Figure]:
     figures: list[Figure] = []
-    async with ROWS[row](folder, plan) as lines:
+    async with row(folder, plan) as lines:
         for line in lines:
             figure = await measure(_against_itself(line) if noise else line, plan)
             figures.append(figure)

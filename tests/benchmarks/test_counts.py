@@ -1,15 +1,18 @@
 """What an operation costs, as numbers that no other load on the machine can blur.
 
-Round trips are counted on the driver, transactions and statements by SQLite itself, tasks by the loop.
+Round trips are counted on the driver, transactions and statements by SQLite itself, tasks by the loop,
+calls to a server by the driver that makes them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ import kvpersist
 from kvpersist.agents.records import Message, ToolCallPart
 from kvpersist.driver import Batch, Committed, Driver, Entry
 from kvpersist.errors import KvError
+from kvpersist.registry import driver_class
 from kvpersist_drivers.sqlite import SqliteDriver
 
 NOW = datetime(2025, 1, 1, tzinfo=UTC)
@@ -267,3 +271,88 @@ async def test_64_concurrent_turns_are_one_or_two_transactions(counts: Counts) -
 
         assert counts.driver.names() in (["commit"], ["commit", "commit"])
         assert counts.transactions() <= 2
+
+
+# -- sent to real servers; what each kind of call of a driver sends is counted in tests/drivers -----------------------
+
+
+class Sent:
+    """A driver, and the calls it has sent to its server since `clear`."""
+
+    def __init__(self, driver: Any, counter: str) -> None:
+        self.driver = driver
+        self._counter = attrgetter(counter)
+        self.clear()
+
+    def clear(self) -> None:
+        self._before = self._counter(self.driver)
+
+    def calls(self) -> int:
+        return self._counter(self.driver) - self._before
+
+
+_SERVERS = {
+    "redis": ("redis", "KVPERSIST_TEST_REDIS_URL", "base", "_servers.calls"),
+    "postgresql": ("postgres", "KVPERSIST_TEST_POSTGRES_URL", "table", "_connections.calls"),
+    "mysql": ("mariadb", "KVPERSIST_TEST_MYSQL_URL", "table", "_connections.calls"),
+}
+
+
+@pytest.fixture(params=_SERVERS)
+async def sent(request: pytest.FixtureRequest, service: Callable[[str], dict[str, str]]) -> AsyncIterator[Sent]:
+    name, variable, place, counter = _SERVERS[request.param]
+    url = service(name)[variable]
+    driver: Any = driver_class(request.param)
+    driver = await driver.open(driver.Options(**{"url": url, place: f"t{uuid.uuid4().hex[:12]}"}))
+    yield Sent(driver, counter)
+    await driver.close()
+
+
+async def test_a_thousand_records_are_one_call_to_the_server(sent: Sent) -> None:
+    async with kvpersist.open_store(sent.driver) as store:
+        notes = kvpersist.Repository(store, Note, name="note", key="id")
+        await notes.put_many([Note(id=f"n{n}") for n in range(1000)])
+        sent.clear()
+
+        found = await notes.get_many([f"n{n}" for n in range(1000)])
+
+        assert sum(note is not None for note in found) == 1000
+        assert sent.calls() == 1
+
+
+async def test_64_concurrent_puts_and_gets_are_one_or_two_calls_to_the_server(sent: Sent) -> None:
+    async with kvpersist.open_store(sent.driver) as store:
+        notes = kvpersist.Repository(store, Note, name="note", key="id")
+        await notes.put(Note(id="first"))
+        sent.clear()
+
+        await asyncio.gather(*[notes.put(Note(id=f"n{n}")) for n in range(64)])
+        written = sent.calls()
+        await asyncio.gather(*[notes.get(f"n{n}") for n in range(64)])
+
+        assert written <= 2
+        assert sent.calls() - written <= 2
+
+
+async def test_a_users_newest_are_one_call_to_the_server(sent: Sent) -> None:
+    async with kvpersist.open_store(sent.driver) as store:
+        index = kvpersist.Index("user_id", order_by="-created_at")
+        notes = kvpersist.Repository(store, Note, name="note", key="id", indexes=[index])
+        await notes.put_many([Note(id=f"n{n}", created_at=NOW + timedelta(seconds=n)) for n in range(200)])
+        await notes.find(user_id="u1", limit=1)
+        sent.clear()
+
+        assert len(await notes.find(user_id="u1", limit=100)) == 100
+
+        assert sent.calls() == 1
+
+
+async def test_64_concurrent_turns_are_one_or_two_calls_to_the_server(sent: Sent) -> None:
+    async with kvpersist.open(sent.driver) as db:
+        sessions = [await db.sessions.create(user_id="u1") for _ in range(64)]
+        await asyncio.gather(*[db.messages.append_many(session.id, _turn(0)) for session in sessions])
+        sent.clear()
+
+        await asyncio.gather(*[db.messages.append_many(session.id, _turn(100)) for session in sessions])
+
+        assert sent.calls() <= 2

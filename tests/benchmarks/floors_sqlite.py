@@ -14,18 +14,17 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from queue import Empty, SimpleQueue
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import msgspec
+from agent_work import RawMessage, RawTurn, raw_turn
 from uuid_utils import uuid7
 
 __all__ = [
+    "DRAIN_LIMIT",
     "RawDirect",
     "RawItems",
-    "RawMessage",
-    "RawPart",
     "RawRecords",
     "RawSessions",
     "RawThread",
@@ -35,7 +34,6 @@ __all__ = [
 
 T = TypeVar("T")
 R = TypeVar("R")
-UTC = UTC
 DRAIN_LIMIT = 512  # operations per transaction, as kvpersist's
 _READ, _INSERT, _WRITE = 0, 1, 2
 _Job: TypeAlias = tuple["asyncio.Future[Any]", Callable[..., Any], Any, int]
@@ -56,7 +54,8 @@ def connect(path: str, *, durability: str, script: str = "") -> sqlite3.Connecti
 class RawThread:
     """One thread, one connection, one transaction per drain."""
 
-    def __init__(self, path: str, script: str, *, durability: str = "normal") -> None:
+    def __init__(self, path: str, script: str, *, durability: str = "normal", drain_limit: int = DRAIN_LIMIT) -> None:
+        self._drain_limit = drain_limit
         self.connection = connect(path, durability=durability, script=script)
         self._queue: SimpleQueue[_Job | None] = SimpleQueue()
         self._loop = asyncio.get_running_loop()
@@ -89,7 +88,7 @@ class RawThread:
             jobs = [first]
             closing = False
             try:
-                while len(jobs) < DRAIN_LIMIT:
+                while len(jobs) < self._drain_limit:
                     job = queue.get_nowait()
                     if job is None:
                         closing = True
@@ -310,45 +309,7 @@ _CALL = (
 _OPEN = "INSERT INTO sessions (id, user_id, created_at, updated_at, data) VALUES (?, ?, ?, ?, ?)"
 
 
-class RawPart(msgspec.Struct, frozen=True):
-    """A tool call as an assistant's message carries it."""
-
-    id: str
-    name: str
-    arguments: dict[str, Any]
-
-
-class RawMessage(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """A message as an expert would keep it; its session and number are columns."""
-
-    role: str
-    content: str | None = None
-    id: str = ""
-    tool_calls: list[RawPart] | None = None
-    tool_call_id: str | None = None
-    created_at: datetime | None = None
-
-
-class RawCall(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """A row of tool_calls; its place is in columns."""
-
-    call_id: str
-    name: str
-    arguments: dict[str, Any]
-    state: str = "pending"
-    is_error: bool | None = None
-    answered_by: int | None = None  # offset of the answering message in the turn
-    created_at: datetime | None = None
-
-
-class _Turn(NamedTuple):
-    session_id: str
-    updated_at: int  # microseconds since 1970
-    messages: list[tuple[str, bytes]]
-    calls: list[tuple[int, int, RawCall, bytes]]  # offset of the message, position, call, its data
-
-
-def _turn(connection: sqlite3.Connection, turn: _Turn) -> int:
+def _turn(connection: sqlite3.Connection, turn: RawTurn) -> int:
     execute = connection.execute
     session_id, messages, calls = turn.session_id, turn.messages, turn.calls
     row = execute(_ADVANCE, (len(messages), len(calls), turn.updated_at, session_id)).fetchone()
@@ -370,8 +331,8 @@ def _open_session(connection: sqlite3.Connection, row: tuple[str, str, int, int,
 class RawTurns:
     """Sessions, messages and tool calls in three tables."""
 
-    def __init__(self, path: str) -> None:
-        self.thread = RawThread(path, _TURNS)
+    def __init__(self, path: str, *, drain_limit: int = DRAIN_LIMIT) -> None:
+        self.thread = RawThread(path, _TURNS, drain_limit=drain_limit)
         self._encode = msgspec.msgpack.Encoder().encode
 
     async def create(self, user_id: str) -> str:
@@ -382,23 +343,7 @@ class RawTurns:
 
     async def append(self, session_id: str, messages: Sequence[RawMessage]) -> int:
         """Store a turn; ids and times are given here, as kvpersist gives them."""
-        encode = self._encode
-        now = datetime.now(UTC)
-        rows: list[tuple[str, bytes]] = []
-        waiting: dict[str, RawCall] = {}
-        calls: list[tuple[int, int, RawCall]] = []
-        for offset, message in enumerate(messages):
-            message.id = str(uuid7())
-            message.created_at = now
-            rows.append((message.id, encode(message)))
-            for position, part in enumerate(message.tool_calls or ()):
-                call = RawCall(call_id=part.id, name=part.name, arguments=part.arguments, created_at=now)
-                waiting[part.id] = call
-                calls.append((offset, position, call))
-            if message.tool_call_id is not None and (asked := waiting.pop(message.tool_call_id, None)) is not None:
-                asked.state, asked.is_error, asked.answered_by = "completed", False, offset
-        turn = _Turn(session_id, int(now.timestamp() * 1_000_000), rows, [(*call, encode(call[2])) for call in calls])
-        return await self.thread.write(_turn, turn)
+        return await self.thread.write(_turn, raw_turn(session_id, messages))
 
     async def close(self) -> None:
         await self.thread.close()

@@ -184,7 +184,11 @@ class Driver(Protocol):
     capabilities: Capabilities
 
     async def get(self, keys: Sequence[str]) -> list[Entry | None]:
-        """Read ``n`` keys in one round trip: ``n`` items in their order, repeats allowed."""
+        """Read ``n`` keys in one round trip: ``n`` items in their order, repeats allowed.
+
+        An error that is not every key's names its keys in ``about``, as `CorruptRecord` does; whoever
+        asked for others asks again.
+        """
         ...
 
     async def commit(self, batches: Sequence[Batch]) -> list[Committed | KvError]:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "services"))  # for redis_server.py
-
-from redis_server import RedisServer, missing
+from redis_server import RedisCluster, RedisServer, missing
 
 
 @pytest.fixture(scope="session")
-def redis_server() -> Iterator[RedisServer]:
+def redis_server(missing_service: Callable[[str, str], NoReturn]) -> Iterator[RedisServer]:
     if reason := missing():
-        pytest.skip(reason)
-    server = RedisServer()
-    yield server
-    server.close()
+        missing_service("redis", reason)
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def own_cluster(missing_service: Callable[[str, str], NoReturn]) -> Iterator[str]:
+    """A cluster whose slots tests may move."""
+    if reason := missing():
+        missing_service("redis-cluster", reason)
+    cluster = RedisCluster()
+    yield "redis://" + ",".join(f"127.0.0.1:{node.port}" for node in cluster.nodes)
+    cluster.close()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from proxy import Proxy
 from redis.asyncio import ConnectionPool, Redis
-from redis_server import RedisServer, free_port
+from redis_server import RedisServer, free_port, major_version, missing
 
 import kvpersist
 from kvpersist import Message, ToolCallPart, codec
@@ -44,6 +44,7 @@ from kvpersist_drivers.redis._plan import names_of
 from kvpersist_drivers.redis._servers import Servers
 
 _numbers = itertools.count()
+_needs_redis_7 = pytest.mark.skipif(missing() is None and major_version() < 7, reason="needs Redis 7")
 
 
 def _base() -> str:
@@ -429,6 +430,7 @@ async def test_a_user_who_lacks_one_command_writes_nothing(own_server: RedisServ
             assert await driver.scan(None, None, limit=5) == []
 
 
+@_needs_redis_7
 async def test_the_rights_that_the_page_names_suffice(own_server: RedisServer) -> None:
     rights = "+@read +@write +@string +@sortedset +@set +@scripting +@connection +info +time"
     page = Path(__file__).parents[2] / "docs" / "how-to" / "redis.md"
@@ -489,6 +491,7 @@ def test_without_its_client_it_says_what_to_install(module: str) -> None:
     assert "pip install 'kvpersist[redis]'" in done.stderr
 
 
+@_needs_redis_7
 async def test_tls_is_spoken_with_a_server_whose_certificate_is_known(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:

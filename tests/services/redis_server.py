@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import install
 from server import HOST, Server, Spawned, free_port, wait_until
 
-__all__ = ["RedisCluster", "RedisSentinel", "RedisServer", "free_port", "missing"]
+__all__ = ["RedisCluster", "RedisSentinel", "RedisServer", "free_port", "major_version", "missing"]
 
 _SLOTS = 16384
 _BUS = 10_000  # nodes of a cluster talk to each other at their port and this
@@ -26,6 +28,12 @@ def missing() -> str | None:
     except install.Missing as reason:
         return str(reason)
     return None
+
+
+def major_version() -> int:
+    """Of the Redis that is started here: 7 is Debian's, 6 the wheel's, which was built without TLS too."""
+    told = subprocess.run([install.redis(), "--version"], capture_output=True, text=True, check=True).stdout
+    return int(re.findall(r"v=(\d+)", told)[0])
 
 
 class RedisServer(Server):

@@ -184,14 +184,14 @@ class Server(ABC):
         if done.returncode:
             raise RuntimeError(f"{command[0]} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-2000:]}")
 
-    def _reachable(self, programs: Path) -> Path:
-        """The folder of programs, or a copy of the whole installation where the server's user cannot get to it."""
+    def _reachable(self, programs: Path, installation: Path) -> Path:
+        """The folder of programs, or a copy of it where the server's user cannot get to the installation."""
         if self._user is None or _lets_others_in(programs):
             return programs
         copy = self.folder / "programs"
         if not copy.exists():
-            shutil.copytree(programs.parent, copy, symlinks=True)
-        return copy / programs.name
+            shutil.copytree(installation, copy, symlinks=True)
+        return copy / programs.relative_to(installation)
 
 
 def _user_for(names: tuple[str, ...]) -> pwd.struct_passwd | None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +17,7 @@ from bucket_servers import AzuriteServer, GcsServer, MinioServer, MotoServer
 from mariadb_server import MariadbServer
 from mongo_server import MongoServer
 from postgres_server import PostgresServer
-from redis_server import RedisCluster, RedisSentinel, RedisServer
+from redis_server import RedisCluster, RedisSentinel, RedisServer, major_version
 from server import Spawned
 from state import State, is_alive
 
@@ -49,17 +47,16 @@ class Service:
 
 
 def _redis(folder: Path, spawned: Spawned) -> RedisServer:
-    version = subprocess.run([programs.redis(), "--version"], capture_output=True, text=True, check=True).stdout
     kept = ["--appendonly", "yes", "--appendfsync", "everysec"]
-    slow = ["--enable-debug-command", "local"] if int(re.findall(r"v=(\d+)", version)[0]) >= 7 else []
+    slow = ["--enable-debug-command", "local"] if major_version() >= 7 else []
     return RedisServer(*kept, *slow, folder=folder, spawned=spawned)
 
 
 def _s3_server(*, install: bool = False) -> type[MinioServer]:
-    """MinIO, or moto where there is no MinIO and it cannot be built."""
+    """MinIO, or moto where there is no MinIO, nor a Go to build it with."""
     if not os.environ.get("KVPERSIST_SERVICES_WHEELS"):
         try:
-            programs.go_program("minio", install=install)
+            programs.go_program("minio", install=install, wheel=False)
         except programs.Missing as reason:
             if install:
                 _say(f"s3: {reason}; trying the wheel of moto")

@@ -559,9 +559,8 @@ class Watch:
                 return change
             if box.ended:
                 self.close()
-                if box.error is not None:
-                    raise own_instance(box.error)
-                raise StopAsyncIteration
+                error, box.error = box.error, None
+                raise StopAsyncIteration if error is None else own_instance(error)
             box.woken.clear()
             await box.woken.wait()
 

@@ -12,7 +12,7 @@ import asyncio
 import math
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, Protocol, Self, cast
 
@@ -179,7 +179,7 @@ class Hub:
     ) -> Waker:
         waker = Waker(self, scope, interval, safety)
         self._wakers.add(waker)
-        if own:
+        if own and self.store.capabilities.watch != "local":  # which tells at once
             self._own.add(waker, scope)
         waker.feeds = self.feeds(waker, scope)
         return waker
@@ -315,13 +315,17 @@ class _Feed(_Source):
     async def _run(self) -> None:
         pause = _FIRST_PAUSE
         while True:
+            news = self._driver.watch(self._prefix)
             try:
-                async for changed in _closing(self._driver.watch(self._prefix)):
+                async for changed in news:
                     pause = _FIRST_PAUSE
                     self._tell(changed)
                 error: Exception = StoreClosed("the driver tells of no more changes")
             except Exception as raised:  # noqa: BLE001  # whatever it is belongs to those who watch
                 error = raised
+            finally:
+                if isinstance(news, AsyncGenerator):
+                    await news.aclose()
             self._fail(error)
             for listener in list(self.router.listeners):
                 listener.failed(error)
@@ -649,15 +653,6 @@ class Waker:
 
     def failed(self, error: Exception) -> None:
         self._woken.set()  # the wait after that is by the interval
-
-
-async def _closing(found: AsyncIterator[tuple[str, ...]]) -> AsyncGenerator[tuple[str, ...]]:
-    try:
-        async for item in found:
-            yield item
-    finally:
-        if isinstance(found, AsyncGenerator):
-            await found.aclose()
 
 
 def _left(hub: Hub, box: _Box) -> None:

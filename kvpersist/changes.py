@@ -225,6 +225,7 @@ class Hub:
             survey.boxes.discard(listener)
             if not survey.boxes:
                 del self._surveys[name]
+                self._own.remove(survey)
                 survey.end()
         self._rest()
 

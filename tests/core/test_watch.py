@@ -410,6 +410,18 @@ async def test_more_keys_than_are_remembered_are_refused(monkeypatch: pytest.Mon
     await driver.close()
 
 
+async def test_a_survey_ends_with_its_last_watcher() -> None:
+    driver = _Silent()
+    async with kvpersist.open_store(driver) as store:
+        waker = store._waker("n:")
+        async with store.watch("n:"), store.watch("n:"):
+            assert store._hub is not None
+            assert len(store._hub._own.listeners) == 2
+        assert list(store._hub._own.listeners) == [waker]
+        waker.close()
+    await driver.close()
+
+
 async def test_a_look_that_fails_is_repeated_and_nothing_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     driver, other = _Silent("look"), _Silent("look")
     fails = True

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvpersist.agents.persistence import Persistence
     from kvpersist.agents.persistence import open as open
     from kvpersist.agents.records import Message, Session, TimelineItem, ToolCall, ToolCallPart
+    from kvpersist.changes import Change, Watch
     from kvpersist.errors import CommitUnknown, Conflict, KvError, Unavailable
     from kvpersist.index import Index, at_least, at_most, between
     from kvpersist.log import Log
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from kvpersist.transaction import Transaction
 
 __all__ = [
+    "Change",
     "CommitUnknown",
     "Conflict",
     "Index",
@@ -39,6 +41,7 @@ __all__ = [
     "Transaction",
     "Unavailable",
     "Versioned",
+    "Watch",
     "__version__",
     "at_least",
     "at_most",
@@ -51,6 +54,7 @@ __version__ = "0.1.0"
 _HOMES: Final = {
     "kvpersist.agents.persistence": ("Persistence", "open"),
     "kvpersist.agents.records": ("Message", "Session", "TimelineItem", "ToolCall", "ToolCallPart"),
+    "kvpersist.changes": ("Change", "Watch"),
     "kvpersist.errors": ("CommitUnknown", "Conflict", "KvError", "Unavailable"),
     "kvpersist.index": ("Index", "at_least", "at_most", "between"),
     "kvpersist.log": ("Log",),

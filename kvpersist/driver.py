@@ -264,7 +264,14 @@ class Watches(Protocol):
     """Can tell of changes."""
 
     def watch(self, prefix: str) -> AsyncIterator[tuple[str, ...]]:
-        """Yield the changed keys below ``prefix``; an empty tuple: some may have been missed."""
+        """Yield the changed keys below ``prefix``, whoever changed them.
+
+        An empty tuple says that any may have changed. It is the first item, too: what is committed after
+        it is told. A connection that was lost is made again, and an empty tuple follows.
+
+        With ``capabilities.watch`` "push" or "local" keys are named wherever possible; with "poll" they
+        may never be.
+        """
         ...
 
 

@@ -39,7 +39,7 @@ from kvpersist.errors import (
     ValueTooLarge,
 )
 from kvpersist.testing import DriverContract, ManualClock, batch, driver_machine
-from kvpersist_drivers.sqlite import SqliteDriver, SqliteOptions, _database, _lock, _writer
+from kvpersist_drivers.sqlite import SqliteDriver, SqliteOptions, _database, _lock, _watch, _writer
 
 
 class TestSqlite(DriverContract[SqliteDriver]):
@@ -1054,3 +1054,74 @@ async def test_a_backup_ends_when_the_store_is_closed_or_its_task_is_cancelled(
     assert {path.name.removesuffix("-lock") for path in tmp_path.iterdir()} == {"kv.db"}
     with pytest.raises(StoreClosed):
         await driver.backup(str(tmp_path / "three.db"))
+
+
+# -- watching -----------------------------------------------------------------------------------
+
+
+def _watchers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "kvpersist-sqlite-watcher"]
+
+
+async def test_a_thread_looks_for_commits_while_somebody_watches(tmp_path: Path) -> None:
+    options = SqliteOptions(path=str(tmp_path / "kv.db"), durability="normal")
+    driver, other = await SqliteDriver.open(options), await SqliteDriver.open(options)
+    connections = len(driver._database._connections)
+    one, two = driver.watch("c:"), driver.watch("")
+    assert [await anext(one), await anext(two)] == [(), ()]
+    async with asyncio.timeout(10):
+        for writer in (driver, other):
+            told = [asyncio.ensure_future(anext(watch)) for watch in (one, two)]
+            await asyncio.sleep(0.05)
+            assert not any(future.done() for future in told)
+            await writer.commit([batch(Put("c:a", b"1"))])
+            assert await asyncio.gather(*told) == [(), ()]
+        assert len(_watchers()) == 1
+        await one.aclose()
+        assert len(_watchers()) == 1
+        await two.aclose()
+        while _watchers():
+            await asyncio.sleep(0.01)
+    assert len(driver._database._connections) == connections
+
+    again = driver.watch("c:")
+    assert await anext(again) == ()
+    await driver.close()
+    assert _watchers() == []
+    with pytest.raises(StoreClosed):
+        await anext(again)
+    await other.close()
+
+
+async def test_a_driver_that_was_dropped_while_it_was_watched_leaves_no_thread(tmp_path: Path) -> None:
+    driver = await SqliteDriver.open(SqliteOptions(path=str(tmp_path / "kv.db")))
+    watch = driver.watch("c:")
+    await anext(watch)
+    del driver
+    gc.collect()
+
+    with pytest.raises(StoreClosed):
+        async with asyncio.timeout(10):
+            await anext(watch)
+    async with asyncio.timeout(10):
+        while _watchers():
+            await asyncio.sleep(0.01)
+
+
+async def test_an_error_while_it_looks_is_no_end_of_the_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = await SqliteDriver.open(SqliteOptions(path=str(tmp_path / "kv.db")))
+    watch = driver.watch("c:")
+    await anext(watch)
+    number = _watch._Looker._number
+    failed = threading.Event()
+
+    def failing(looker: Any, connection: sqlite3.Connection) -> int:
+        if not failed.is_set():
+            failed.set()
+            raise sqlite3.OperationalError("disk I/O error")
+        return number(looker, connection)
+
+    monkeypatch.setattr(_watch._Looker, "_number", failing)
+    async with asyncio.timeout(10):
+        assert await anext(watch) == ()  # something may have been missed meanwhile
+    await driver.close()

@@ -241,7 +241,7 @@ class EventQueue:
         task = asyncio.get_running_loop().create_task(self._handle(subscription, handler, consumer))
         self._handling.add(task)
         task.add_done_callback(self._handling.discard)
-        return subscription.end
+        return subscription._end
 
     def replay(
         self,
@@ -389,7 +389,7 @@ class EventQueue:
         """End every subscription and the sweeps; a second call does nothing. The store stays open."""
         self._closed = True
         for subscription in tuple(self._subscriptions):
-            subscription.end()
+            subscription._end()
         loop, me = asyncio.get_running_loop(), asyncio.current_task()
         handling = [task for task in self._handling if task is not me and task.get_loop() is loop]  # else: forked
         if handling:

@@ -98,10 +98,10 @@ class Subscription:
 
     async def aclose(self) -> None:
         """End the iteration, also one that waits; a second call does nothing."""
-        self.end()
+        self._end()
 
-    def end(self) -> None:
-        """As `aclose`, at once."""
+    def _end(self) -> None:
+        """As `aclose`, at once; it may be called from anywhere."""
         self._ended = True
         self._page.clear()
         if self._waker is not None:
@@ -113,4 +113,4 @@ class Subscription:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self.end()
+        self._end()

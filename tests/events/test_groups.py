@@ -233,7 +233,7 @@ async def test_members_that_die_at_random_lose_nothing(queue: EventQueue, clock:
     await queue.publish_many("t", list(range(120)))
     done: Counter[int] = Counter()
     group = queue.group("t", "g", deadline=5, max_attempts=1_000)
-    while len(done) < 120:
+    for _ in range(200):
         for claimed in await group.claim(f"w{draw.randint(0, 3)}", draw.randint(1, 8)):
             if draw.random() < 0.3:
                 continue  # it died
@@ -254,6 +254,5 @@ async def test_planted_a_lost_claim_is_caught(
 
     monkeypatch.setattr(_Draft, "group", forgetful)
 
-    with pytest.raises((AssertionError, TimeoutError)):
-        async with asyncio.timeout(5):
-            await test_members_that_die_at_random_lose_nothing(queue, clock)
+    with pytest.raises(AssertionError):
+        await test_members_that_die_at_random_lose_nothing(queue, clock)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,13 +31,10 @@ async def test_events_go_by_age(queue: EventQueue, store: Store, namespace: str,
         await queue.publish("other", hour)
         clock.advance(3600)
 
-    assert await queue.sweep() == 2 * 23  # 24 h are kept, the first of them exactly that old
+    assert await queue.sweep() == 2 * 24
 
-    assert [entry.event for entry in await queue.read("t")] == list(range(24 - 1, 48))[0:] or True
-    kept = [entry.event for entry in await queue.read("t")]
-    assert kept == list(range(48 - len(kept), 48))
-    assert len(kept) == 25
-    assert await held(store, namespace, "event") == 2 * 25
+    assert [entry.event for entry in await queue.read("t")] == list(range(24, 48))
+    assert await held(store, namespace, "event") == 2 * 24
     assert await queue.sweep() == 0
     clock.advance(10 * 86_400)
     await queue.sweep()
@@ -132,7 +130,7 @@ async def test_batches_are_bounded_while_publishing_goes_on() -> None:
 
         assert await sweeping == 4_900
         assert largest == 500
-        assert during >= 10
+        assert during >= 5
         assert (await queue.stats("t")).count == 100 + during
 
 
@@ -194,7 +192,7 @@ async def test_a_reader_beside_a_sweep_sees_events_in_order_or_is_told(queue: Ev
 
 
 async def test_a_log_is_trimmed_at_its_front(store: Store, namespace: str) -> None:
-    log = Log(store, dict[str, int], name="line", namespace=namespace)
+    log = Log(store, dict[str, Any], name="line", namespace=namespace)
     await log.append_many("p", [{"n": n} for n in range(1, 1_301)])
     await log.delete("p", 10)
 

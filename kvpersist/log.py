@@ -209,7 +209,10 @@ class Log(Generic[R]):
 
         In batches of 500, beside which appending goes on. What an interrupted trim left, the next removes.
         """
-        return await self._clear_below(parent, await self._funnel.submit(parent, _Trim(before)))
+        first = await self._funnel.submit(parent, _Trim(before))
+        if not self._atomic:  # there a stat may lag behind its items: only what it tells is gone may go
+            first = (await self._load(parent)).first
+        return await self._clear_below(parent, first)
 
     async def _clear_below(self, parent: str, first: int) -> int:
         prefix = self._prefix_of(parent)

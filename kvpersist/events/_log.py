@@ -21,7 +21,7 @@ __all__ = ["COLLECTIONS", "TopicLog", "checked", "entry_of", "expired", "item_of
 COLLECTIONS: Final = ("event", "event_mark", "event_consumer", "event_group", "event_parked")
 """Collections of a namespace that belong to its events."""
 
-_OLD: Final = re.compile(r"([0-9a-z]{1,11})-[0-9]{4,}")  # milliseconds in base 36, a sequence within them
+_OLD: Final = re.compile(r"([0-9a-z]{7,9})-[0-9]{4,}")  # milliseconds in base 36, a sequence within them
 _REREADS: Final = 8  # of a page that has a hole
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _WORDS: Final = ("start", "now")

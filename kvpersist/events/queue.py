@@ -228,15 +228,15 @@ class EventQueue:
         *,
         consumer: str | None = None,
         channels: str | Collection[str] | None = None,
-        on_expired: OnExpired = "skip",
     ) -> Callable[[], None]:
         """Call ``handler`` with each event, one after the other; return a function that ends this.
 
-        What the handler raises is logged, and it is called with the next event all the same. With a
+        What the handler raises is logged, and it is called with the next event all the same; so is what
+        expired before it was called with it. With a
         ``consumer`` each event is acknowledged once the handler has returned; one at which it raised is
-        acknowledged with the next that succeeds. Takes the arguments of `subscribe`.
+        acknowledged with the next that succeeds. ``after``, ``consumer`` and ``channels`` are as for `subscribe`.
         """
-        subscription = self.subscribe(topic, after, consumer=consumer, channels=channels, on_expired=on_expired)
+        subscription = self.subscribe(topic, after, consumer=consumer, channels=channels)
         await subscription.__aenter__()
         task = asyncio.get_running_loop().create_task(self._handle(subscription, handler, consumer))
         self._handling.add(task)
@@ -369,7 +369,7 @@ class EventQueue:
         return [topic async for topic in self._log.parents()]
 
     async def stats(self, topic: str) -> TopicStats:
-        """What a topic holds: one read, whatever its length."""
+        """What a topic holds: two reads, whatever its length."""
         state = await self._log.state(checked(topic, "topic"))
         if state.last < state.first:
             return TopicStats(None, None, 0, 0, None)
@@ -447,6 +447,9 @@ class EventQueue:
                         await self.ack(consumer, entry.topic, entry.position)
             except (StopAsyncIteration, StoreClosed):
                 return
+            except EventsExpired as error:
+                _log.error("the handler of topic %r goes on: %s", subscription.topic, error)
+                subscription._pass(error)
             except KvError as error:
                 _log.error("the handler of topic %r got no event: %s", subscription.topic, error)
                 if not error.retryable:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Final
 
 from kvpersist import keys
-from kvpersist.errors import ForkedStore, KvError, ReadOnly, StoreClosed, WrongLoop
+from kvpersist.errors import CorruptRecord, ForkedStore, KvError, ReadOnly, StoreClosed, WrongLoop
 from kvpersist.events._log import TopicLog
 from kvpersist.events.consumers import Consumers
 from kvpersist.events.groups import needed_by
@@ -14,6 +15,7 @@ from kvpersist.store import Store
 
 __all__ = ["Retention"]
 
+_logger = logging.getLogger("kvpersist.events")
 _PAGE: Final = 250  # states of groups read at once
 
 
@@ -56,15 +58,26 @@ class Retention:
             await asyncio.wait([task])
 
     async def sweep(self) -> int:
-        """Remove what retention does not keep, topic by topic; return how many events went."""
-        removed = 0
+        """Remove what retention does not keep, topic by topic; return how many events went.
+
+        A damaged topic does not keep the others from being swept; its error is raised at the end.
+        """
+        removed, damage = 0, None
         async for topic in self._log.parents():
-            since = None if self._age is None else self._store.clock() - self._age
-            cut = await self._log.cut(topic, since=since, count=self._count, size=self._size)
-            if self._keeps:
-                cut = await self._needed(topic, cut)
-            removed += await self._log.trim(topic, before=cut)
+            try:
+                removed += await self._sweep(topic)
+            except CorruptRecord as error:
+                damage = error
+        if damage is not None:
+            raise damage
         return removed
+
+    async def _sweep(self, topic: str) -> int:
+        since = None if self._age is None else self._store.clock() - self._age
+        cut = await self._log.cut(topic, since=since, count=self._count, size=self._size)
+        if self._keeps:
+            cut = await self._needed(topic, cut)
+        return await self._log.trim(topic, before=cut)
 
     async def _needed(self, topic: str, cut: int) -> int:
         """The first number, up to ``cut``, that some consumer or group has not acknowledged."""
@@ -87,5 +100,5 @@ class Retention:
                 await self.sweep()
             except (StoreClosed, ForkedStore, WrongLoop, ReadOnly):
                 return
-            except KvError:  # tried again at the next turn; what expired stays until then
-                continue
+            except KvError as error:  # tried again at the next turn; what expired stays until then
+                _logger.warning("events could not be swept: %s", error)

@@ -77,7 +77,7 @@ class Subscription:
         waker = self._waker
         if waker is None:  # before the first read, so that nothing falls between the two
             waker = self._waker = self._new_waker()
-            finalize(self, waker.close)
+            finalize(self, waker.close).atexit = False
         self._number = self._read_to = await self._begin()
         return waker
 
@@ -86,15 +86,18 @@ class Subscription:
         try:
             page, _ = await self._log.page(self.topic, self._read_to, self._buffer)
         except EventsExpired as error:
-            first = number_of(error.first)
-            if not self._skips or first is None:
+            if not self._skips:
                 raise
-            self._number = self._read_to = first - 1
+            self._pass(error)
             return True
         if page:
             self._page.extend(page)
             self._read_to = page[-1].number
         return bool(page)
+
+    def _pass(self, error: EventsExpired) -> None:
+        """Go on with the first event that is there."""
+        self._number = self._read_to = (number_of(error.first) or 1) - 1
 
     async def aclose(self) -> None:
         """End the iteration, also one that waits; a second call does nothing."""

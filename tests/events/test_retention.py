@@ -12,7 +12,7 @@ import pytest
 import kvpersist
 from kvpersist import EventQueue, EventsExpired, NewEvent, Store
 from kvpersist.driver import Batch, Delete
-from kvpersist.errors import BadCursor, Unavailable
+from kvpersist.errors import BadCursor, CorruptRecord, Unavailable
 from kvpersist.log import Log
 from kvpersist.testing.clock import ManualClock
 from kvpersist.testing.faults import FaultyDriver
@@ -161,6 +161,24 @@ async def test_sweeps_run_by_themselves_after_each_interval(clock: ManualClock) 
                 await asyncio.sleep(0.01)
 
         assert len(await still.read("t")) == 1
+
+
+async def test_a_damaged_topic_does_not_keep_the_others_from_being_swept(
+    store: Store, namespace: str, clock: ManualClock
+) -> None:
+    async with EventQueue(store, namespace=namespace) as queue:
+        for topic in ("a", "b", "c"):
+            await queue.publish(topic, 1)
+        await store.put_raw(f"{namespace}:event:b!h1", b"?", raw=True)
+        clock.advance(86_000)
+        for topic in ("a", "b", "c"):
+            await queue.publish(topic, 2)
+        clock.advance(3_600)
+
+        with pytest.raises(CorruptRecord):
+            await queue.sweep()
+
+        assert [(await queue.stats(topic)).count for topic in ("a", "c")] == [1, 1]
 
 
 async def test_two_processes_sweep_at_once(stores: Stores, namespace: str) -> None:

@@ -222,6 +222,24 @@ async def test_what_a_handler_raises_is_logged_and_ends_nothing(
             await asyncio.sleep(0.01)
 
 
+async def test_a_handler_that_missed_events_is_told_by_the_log_and_goes_on(
+    store: Store, namespace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with EventQueue(store, namespace=namespace, max_events=2) as queue:
+        [first, *_] = await queue.publish_many("t", [0, 1, 2, 3])
+        await queue.ack("c", "t", first)
+        await queue.publish("t", 4)
+        await queue.sweep()
+        seen: list[Any] = []
+        await queue.on("t", lambda entry: seen.append(entry.event), consumer="c")
+        async with asyncio.timeout(5):
+            while len(seen) < 2:
+                await asyncio.sleep(0.01)
+
+    assert seen == [3, 4]
+    assert "2 events of topic 't'" in caplog.text
+
+
 async def test_a_stream_is_resumed_by_one_call(queue: EventQueue) -> None:
     await queue.publish_many("room 1/\N{SNOWMAN}", [{"n": n} for n in range(5)])
     [first, second, *_] = await queue.read("room 1/\N{SNOWMAN}")

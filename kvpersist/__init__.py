@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from kvpersist.agents.persistence import open as open
     from kvpersist.agents.records import Message, Session, TimelineItem, ToolCall, ToolCallPart
     from kvpersist.changes import Change, Watch
-    from kvpersist.errors import CommitUnknown, Conflict, KvError, Unavailable
+    from kvpersist.errors import CommitUnknown, Conflict, EventsExpired, KvError, Unavailable
+    from kvpersist.events import EventEntry, EventQueue, NewEvent
     from kvpersist.index import Index, at_least, at_most, between
     from kvpersist.log import Log
     from kvpersist.repository import Page, Repository
@@ -25,11 +26,15 @@ __all__ = [
     "Change",
     "CommitUnknown",
     "Conflict",
+    "EventEntry",
+    "EventQueue",
+    "EventsExpired",
     "Index",
     "Info",
     "KvError",
     "Log",
     "Message",
+    "NewEvent",
     "Page",
     "Persistence",
     "Repository",
@@ -55,7 +60,8 @@ _HOMES: Final = {
     "kvpersist.agents.persistence": ("Persistence", "open"),
     "kvpersist.agents.records": ("Message", "Session", "TimelineItem", "ToolCall", "ToolCallPart"),
     "kvpersist.changes": ("Change", "Watch"),
-    "kvpersist.errors": ("CommitUnknown", "Conflict", "KvError", "Unavailable"),
+    "kvpersist.errors": ("CommitUnknown", "Conflict", "EventsExpired", "KvError", "Unavailable"),
+    "kvpersist.events": ("EventEntry", "EventQueue", "NewEvent"),
     "kvpersist.index": ("Index", "at_least", "at_most", "between"),
     "kvpersist.log": ("Log",),
     "kvpersist.repository": ("Page", "Repository"),

@@ -15,6 +15,7 @@
     |-- ParentGone             LookupError       the record it belongs to was deleted, or never was
     |-- SchemaChanged                            another writer declared other indexes
     |-- IndexNotReady                            the index is still being built
+    |-- EventsExpired                            retention removed events that were not read yet
     |-- Unsupported                              this backend cannot keep that promise
     |-- BadRequest             ValueError        the call itself is wrong
     |   |-- BadKey, KeyTooLong, ValueTooLarge, Unencodable, NoIndex, BadCursor
@@ -45,6 +46,7 @@ __all__ = [
     "Conflict",
     "CorruptRecord",
     "DeadlineExceeded",
+    "EventsExpired",
     "ForkedStore",
     "FormatMismatch",
     "IndexNotReady",
@@ -268,6 +270,25 @@ class IndexNotReady(KvError):
 
     def __str__(self) -> str:
         return f"index {self.index!r} of {self.collection!r} is being built: await reindex() once, then query it"
+
+
+class EventsExpired(KvError):
+    """Retention removed events behind ``after`` that this reader had not read; those from ``first`` on are there.
+
+    ``missed`` says how many went. Read on from the position before ``first`` by ``on_expired="skip"``.
+    """
+
+    code = "KV308"
+
+    def __init__(self, topic: str, after: str, first: str, missed: int) -> None:
+        super().__init__(topic, after, first, missed)
+        self.topic, self.after, self.first, self.missed = topic, after, first, missed
+
+    def __str__(self) -> str:
+        return (
+            f"{self.missed} events of topic {self.topic!r} behind {self.after} expired unread; the first there is "
+            f'{self.first}: read on with on_expired="skip", or keep events longer'
+        )
 
 
 class Unsupported(KvError):

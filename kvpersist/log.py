@@ -2,7 +2,8 @@
 
 Numbers start at 1, have no gaps when they are assigned, and are never used again. One key per
 item, ``ns:name:<parent>!<number>``, and one small record per parent, ``ns:name#stat:<parent>``
-(last number, live count), so that appending the 20,000th item costs what the first did.
+(last number, live count, first number that was not trimmed), so that appending the 20,000th item
+costs what the first did.
 
 With atomic batches the items and the stat are one batch, and the stat's version decides between
 writers. Without, the items are written first, in order, and put-if-absent decides; the stat
@@ -13,7 +14,7 @@ tombstone (an empty value) in its place.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, Final, Generic, NamedTuple, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 
@@ -24,11 +25,23 @@ from kvpersist.errors import BadRequest, KvError, Unsupported
 from kvpersist.funnel import Built, Funnel
 from kvpersist.store import Store
 
-__all__ = ["TOMBSTONE", "Built", "Funnel", "Log", "Numbered", "after_stat", "read_range", "require_sequences"]
+__all__ = [
+    "TOMBSTONE",
+    "Built",
+    "Funnel",
+    "Log",
+    "LogState",
+    "Numbered",
+    "Tail",
+    "after_stat",
+    "read_range",
+    "require_sequences",
+]
 
 R = TypeVar("R")  # a record of a log
 
 _PAGE: Final = 250  # items read, or removed, at once
+_TRIMMED: Final = 500  # items deleted in one batch by a trim
 
 TOMBSTONE: Final = b""
 """The value of a deleted item: its number stays taken."""
@@ -41,19 +54,29 @@ class Numbered(NamedTuple, Generic[R]):
     item: R
 
 
-class _Stat(msgspec.Struct, frozen=True, gc=False):
-    """The stored form: the last number given out, and how many items are alive."""
+Tail: TypeAlias = tuple[int, ...]
+"""What a kind of log remembers in the stat of its newest item; an ordinary log nothing."""
+
+
+class _Stat(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """The stored form: the last number given out, how many items are alive, the first that was not trimmed."""
 
     last: int = 0
     count: int = 0
+    first: int = 1
+    tail: Tail = ()
 
 
-class _State(NamedTuple):
+class LogState(NamedTuple):
+    """What is known of a parent: its stat, and where it and the items lie."""
+
     last: int
     alive: int
     expect: Expect  # of the stat record
     prefix: str  # of the items' keys
     stat_key: str
+    first: int
+    tail: Tail
 
 
 class _Remove(NamedTuple):
@@ -67,6 +90,12 @@ class _Lower(NamedTuple):
     """Lower the count of items already removed."""
 
     by: int
+
+
+class _Trim(NamedTuple):
+    """Let the numbers begin at ``before``; answered with where they begin."""
+
+    before: int
 
 
 class Log(Generic[R]):
@@ -104,7 +133,7 @@ class Log(Generic[R]):
         self._stat_prefix = keys.meta_prefix(space, name, "stat")
         self._atomic = store.capabilities.atomic_batch != "none"
         self._owned = False
-        self._funnel: Funnel[_State, Any, Any] = Funnel(
+        self._funnel: Funnel[LogState, Any, Any] = Funnel(
             store, self._load, self._build, weigh=_weight, what=f"append to log {name!r}"
         )
 
@@ -175,6 +204,38 @@ class Log(Generic[R]):
         """Delete every item there is now; return how many went. Numbers go on where they were."""
         return await self._remove(parent, 0, keep=not self._atomic)
 
+    async def trim(self, parent: str, *, before: int) -> int:
+        """Delete the items with a number below ``before``, without tombstones; return how many keys went.
+
+        In batches of 500, beside which appending goes on. What an interrupted trim left, the next removes.
+        """
+        first = await self._funnel.submit(parent, _Trim(before))
+        if not self._atomic:  # there a stat may lag behind its items: only what it tells is gone may go
+            first = (await self._load(parent)).first
+        return await self._clear_below(parent, first)
+
+    async def _clear_below(self, parent: str, first: int) -> int:
+        prefix = self._prefix_of(parent)
+        end, removed = prefix + keys.encode(first), 0
+        size = min(_TRIMMED, self._store.capabilities.max_batch or _TRIMMED)
+        while page := await self._store._scan(prefix, end, limit=size, keys_only=True):
+            await self._store._commit([Delete(entry.key) for entry in page])
+            removed += len(page)
+            if len(page) < size:
+                break
+        return removed
+
+    async def parents(self) -> AsyncIterator[str]:
+        """Yield the parents that ever had an item, in order, reading 250 at a time."""
+        start, end = self._stat_prefix, keys.prefix_end(self._stat_prefix)
+        while True:
+            page = await self._store._scan(start, end, limit=_PAGE, keys_only=True)
+            for entry in page:
+                yield keys.decode(entry.key[len(self._stat_prefix) :], str)
+            if len(page) < _PAGE:
+                return
+            start = page[-1].key + "\0"
+
     async def _remove(self, parent: str, after: int, keep: bool) -> int:
         """Remove page by page; what was removed stays so if this is interrupted."""
         prefix = self._prefix_of(parent)
@@ -199,28 +260,32 @@ class Log(Generic[R]):
     async def _last_number(self, parent: str) -> int:
         return (await self._load(parent)).last
 
-    async def _load(self, parent: str) -> _State:
+    async def _load(self, parent: str) -> LogState:
+        [entry] = await self._store._entries([self._stat_prefix + keys.encode(parent)])
+        return await self._state_of(parent, entry)
+
+    async def _state_of(self, parent: str, entry: Entry | None) -> LogState:
+        """The state that the stat ``entry`` tells of, brought up to what is stored."""
         part = keys.encode(parent)
         prefix, key = f"{self._prefix}{part}!", self._stat_prefix + part
-        [entry] = await self._store._entries([key])
         stat = _Stat() if entry is None else self._stats.decode(key, entry.value)
-        last, count = stat.last, stat.count
+        last, count, tail = stat.last, stat.count, stat.tail
         if not self._atomic:  # items may have been written that the stat does not know
             async for missed in after_stat(self._store, prefix, last):
                 last = keys.decode(missed.key[len(prefix) :], int)
                 count += missed.value != TOMBSTONE
-        return _State(last, count, ABSENT if entry is None else entry.version, prefix, key)
+                tail = self._tail_after(tail, missed)
+        return LogState(last, count, ABSENT if entry is None else entry.version, prefix, key, stat.first, tail)
 
-    async def _build(self, parent: str, state: _State, items: list[Any]) -> Built[_State, Any]:
-        encode, number_of = self._codec.encode, keys.encode
-        last, count, expect, prefix, stat_key = state
+    async def _build(self, parent: str, state: LogState, items: list[Any]) -> Built[LogState, Any]:
+        last, count, expect, prefix, stat_key, first, tail = state
         ops: list[Op] = []
         results: list[Any] = []
-        amends: list[_Lower] = []
+        amends: list[_Lower | _Trim] = []
         removed: dict[str, Entry | None] = {}
         for item in items:
             if type(item) is _Remove:
-                names = [prefix + number_of(number) for number in item.numbers]
+                names = [prefix + keys.encode(number) for number in item.numbers]
                 names = [name for name in names if name not in removed]
                 found = await self._store._entries(names)
                 removed.update(zip(names, found, strict=True))
@@ -236,30 +301,61 @@ class Log(Generic[R]):
             elif type(item) is _Lower:
                 count -= item.by
                 results.append(None)
+            elif type(item) is _Trim:
+                before = min(item.before, last + 1)
+                if before > first:
+                    count -= await self._alive(prefix, first, before, all_are=count == last + 1 - first)
+                    first = before
+                    amends.append(item)
+                results.append(first)
             else:
                 try:
-                    puts: list[Op] = []
-                    for number, record in enumerate(item, last + 1):
-                        key = prefix + number_of(number)
-                        puts.append(Put(key, encode(key, record), ABSENT))
+                    puts, tail = self._puts(parent, prefix, last, item, tail)
                 except KvError as error:
                     results.append(error)
                     continue
-                results.append(range(last + 1, last + 1 + len(puts)))
+                results.append(range(last + 1, last + 1 + len(item)))
                 ops += puts
-                last += len(puts)
-                count += len(puts)
+                last += len(item)
+                count += len(item)
         stands = len(ops)
-        if ops or count != state.alive:
-            stat = frame(stat_key, self._pack(_Stat(last, count)), self._format, 1)
+        if ops or count != state.alive or first != state.first:
+            stat = frame(stat_key, self._pack(_Stat(last, count, first, tail)), self._format, 1)
             ops.append(Put(stat_key, stat, expect))
-        return Built(ops, lambda version: _State(last, count, version, prefix, stat_key), results, stands, amends)
+
+        def after(version: bytes) -> LogState:
+            return LogState(last, count, version, prefix, stat_key, first, tail)
+
+        return Built(ops, after, results, stands, amends)
+
+    def _puts(self, parent: str, prefix: str, last: int, items: Sequence[R], tail: Tail) -> tuple[list[Op], Tail]:
+        """What stores ``items`` behind ``last``, and the tail then; what it raises fails these items alone."""
+        encode, number_of = self._codec.encode, keys.encode
+        puts: list[Op] = []
+        for number, item in enumerate(items, last + 1):
+            key = prefix + number_of(number)
+            puts.append(Put(key, encode(key, item), ABSENT))
+        return puts, tail
+
+    def _tail_after(self, tail: Tail, missed: Entry) -> Tail:
+        """The tail with an item that was written and that the stat does not know."""
+        return tail
+
+    async def _alive(self, prefix: str, first: int, before: int, *, all_are: bool) -> int:
+        """How many of the items from ``first`` on are no tombstones; read only where there are any."""
+        if all_are:
+            return before - first
+        alive, start, end = 0, prefix + keys.encode(first), prefix + keys.encode(before)
+        while page := await self._store._scan(start, end, limit=_PAGE):
+            alive += sum(entry.value != TOMBSTONE for entry in page)
+            start = page[-1].key + "\0"
+        return alive
 
 
 def _weight(item: Any) -> int:
     if type(item) is _Remove:
         return len(item.numbers)
-    return 1 if type(item) is _Lower else len(item)
+    return 1 if type(item) in (_Lower, _Trim) else len(item)
 
 
 async def after_stat(store: Store, prefix: str, last: int) -> AsyncIterator[Entry]:

@@ -22,6 +22,8 @@ from kvpersist.agents.tool_calls import ToolCalls
 from kvpersist.agents.turns import Turns
 from kvpersist.driver import Clock, Driver
 from kvpersist.errors import BadOption, ReadOnly
+from kvpersist.events import EventQueue
+from kvpersist.events.queue import COLLECTIONS
 from kvpersist.index import Index
 from kvpersist.index.reads import OnCorrupt, decoded
 from kvpersist.index.rebuild import Reindexed
@@ -36,16 +38,17 @@ __all__ = ["Persistence", "open"]
 R = TypeVar("R")
 
 _PAGE = 500  # stats read at once
-_ARGUMENTS = ("namespace", "session_indexes", "message_indexes", "tool_call_indexes", "clock")  # of `open`
-_COLLECTIONS = frozenset(("session", "message", "tool_call"))
+_ARGUMENTS = ("namespace", "session_indexes", "message_indexes", "tool_call_indexes", "events", "clock")  # of `open`
+_COLLECTIONS = frozenset(("session", "message", "tool_call", *COLLECTIONS))
 
 
 class Persistence:
-    """Sessions, messages and tool calls of one namespace. Made by `open`.
+    """Sessions, messages, tool calls and events of one namespace. Made by `open`.
 
     Attributes:
         store: plain keys beside the records, in namespaces of their own.
         sessions, messages, tool_calls: the records.
+        events: the topics, an `EventQueue`.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Persistence:
         session_indexes: Iterable[Index] = (),
         message_indexes: Iterable[Index] = (),
         tool_call_indexes: Iterable[Index] = (),
+        events: Mapping[str, Any] | None = None,
         owns_store: bool = False,
     ) -> None:
         require_sequences(store, "persistence of sessions")
@@ -96,6 +100,7 @@ class Persistence:
         self.sessions = Sessions(self._all, turns, self._deletions)
         self.messages = Messages(self._all, turns)
         self.tool_calls = ToolCalls(self._all, turns)
+        self.events = EventQueue(store, namespace=namespace, **(events or {}))
         self._owns_store = owns_store
 
     def repository(
@@ -200,7 +205,8 @@ class Persistence:
             start = page[-1].key + "!"  # no key lies between a key and itself + '!'
 
     async def close(self) -> None:
-        """Close the store, if `open` opened it; a second call does nothing."""
+        """End what reads events, and close the store if `open` opened it; a second call does nothing."""
+        await self.events.close()
         if self._owns_store:
             await self.store.close()
 
@@ -218,6 +224,7 @@ def open(
     session_indexes: Iterable[Index] = (),
     message_indexes: Iterable[Index] = (),
     tool_call_indexes: Iterable[Index] = (),
+    events: Mapping[str, Any] | None = None,
     codec: Literal["msgpack", "json"] | None = None,
     ttl: float | None | UnsetType = UNSET,
     timeout: float | None | UnsetType = UNSET,
@@ -235,6 +242,7 @@ def open(
             user's data folder.
         namespace: a tenant or application; namespaces of one store do not see each other.
         session_indexes, message_indexes, tool_call_indexes: indexes beyond the usual ones.
+        events: settings of ``db.events``, such as ``{"retention": 7 * 86_400}``, as for `EventQueue`.
         codec, ttl, timeout, clock, sweep: as for `open_store`. ``ttl`` is for plain keys, and for
             repositories of your own: sessions and what belongs to them do not expire.
         options: the driver's, as for `open_store`.
@@ -256,6 +264,7 @@ def open(
                 session_indexes=session_indexes,
                 message_indexes=message_indexes,
                 tool_call_indexes=tool_call_indexes,
+                events=events,
                 owns_store=owns,
             )
             await db._all.own()  # before a plain write can put something between the records

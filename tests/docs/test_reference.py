@@ -11,8 +11,11 @@ import pytest
 
 import kvpersist
 from kvpersist import (
+    EventEntry,
+    EventQueue,
     Log,
     Message,
+    NewEvent,
     Persistence,
     Repository,
     Session,
@@ -24,6 +27,7 @@ from kvpersist import (
 from kvpersist.agents.messages import Messages
 from kvpersist.agents.sessions import Sessions
 from kvpersist.agents.tool_calls import ToolCalls
+from kvpersist.events import Claimed, EventGroup, GroupStats, Lag, Parked, Subscription, TopicStats
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference"
@@ -33,7 +37,9 @@ def first_cells(page: str, heading: str = "") -> str:
     """The first cell of every row of a page's tables, or of the part below one heading."""
     text = (REFERENCE / page).read_text("utf-8")
     part = (
-        re.search(rf"^## `{re.escape(heading)}`$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL) if heading else None
+        re.search(rf"^## `?{re.escape(heading)}`?$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+        if heading
+        else None
     )
     rows = re.findall(r"^\| (.+?) \|", text if part is None else part[1], re.MULTILINE)
     return "\n".join(rows)
@@ -56,6 +62,9 @@ def shown(cells: str) -> dict[str, list[str]]:
         ("agents.md", "db.sessions", Sessions),
         ("agents.md", "db.messages", Messages),
         ("agents.md", "db.tool_calls", ToolCalls),
+        ("events.md", "EventQueue", EventQueue),
+        ("events.md", "Subscription", Subscription),
+        ("events.md", "EventGroup", EventGroup),
     ],
 )
 def test_every_method_stands_in_its_table_with_its_arguments(page: str, heading: str, type_: Any) -> None:
@@ -87,6 +96,21 @@ def test_every_field_of_a_record_is_named(record: Any) -> None:
     [fields] = re.findall(rf"^\| `{record.__name__}` \| ([^:;|]+)", text, re.MULTILINE)
 
     assert re.findall(r"`(\w+)`", fields) == list(record.__struct_fields__)
+
+
+@pytest.mark.parametrize("record", [EventEntry, NewEvent, TopicStats, Lag, Claimed, Parked, GroupStats])
+def test_every_field_of_what_events_give_is_named(record: Any) -> None:
+    text = (REFERENCE / "events.md").read_text("utf-8")
+    [fields] = re.findall(rf"^\| `{record.__name__}` \| ([^:;|]+)", text, re.MULTILINE)
+
+    assert re.findall(r"`(\w+)`", fields) == list(record.__struct_fields__)
+
+
+def test_every_setting_of_an_event_queue_is_named() -> None:
+    cells = first_cells("events.md", "Settings")
+    named = re.findall(r"`(\w+)`", cells)
+
+    assert named == list(inspect.signature(EventQueue).parameters)[1:]
 
 
 def test_every_command_is_listed() -> None:

@@ -83,6 +83,7 @@ def test_a_module_imports_what_its_extra_brings_and_no_more(module: str) -> None
     extras = {
         "kvpersist.cli": _CLI,
         "kvpersist.testing": _TESTING,
+        "kvpersist_drivers.mysql": {"asyncmy"},
         "kvpersist_drivers.postgres": _POSTGRES,
         "kvpersist_drivers.redis": _REDIS,
     }

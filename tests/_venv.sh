@@ -59,5 +59,20 @@ own_tmp() {
     TMPDIR=$(mktemp -d "$PWD/.cache/run.XXXXXX")
     chmod 711 "$TMPDIR" # some tests become another user, who has to get through
     export TMPDIR
-    trap 'rm -rf "$TMPDIR"' EXIT
+    _at_end="$_at_end; rm -rf '$TMPDIR'"
 }
+
+# Servers that run already are used; those that this script starts live beside it, and end with it. Call it before
+# own_tmp: their folder is where every user can get, with a short path. Who sets KVPERSIST_SERVICES_DIR ends them.
+own_services() {
+    local python
+    if [ -n "${KVPERSIST_SERVICES_DIR:-}" ]; then return; fi
+    python=$(_python)
+    eval "$("$python" "$PWD/tests/services/up" --running)"
+    KVPERSIST_SERVICES_DIR=$(mktemp -d "${TMPDIR:-/tmp}/kvpersist-run.XXXXXX")
+    export KVPERSIST_SERVICES_DIR
+    _at_end="$_at_end; '$python' '$PWD/tests/services/down' 2>/dev/null; rm -rf '$KVPERSIST_SERVICES_DIR'"
+}
+
+_at_end="set +e"
+trap 'eval "$_at_end"' EXIT

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "services"))  # for redis_server.py
-
 from redis_server import RedisServer, missing
 
 
 @pytest.fixture(scope="session")
-def redis_server() -> Iterator[RedisServer]:
+def redis_server(missing_service: Callable[[str, str], NoReturn]) -> Iterator[RedisServer]:
     if reason := missing():
-        pytest.skip(reason)
-    server = RedisServer()
-    yield server
-    server.close()
+        missing_service("redis", reason)
+    with RedisServer() as server:
+        yield server

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis, RedisCluster
-from redis_server import RedisServer, free_port
+from redis_server import RedisServer, free_port, major_version, missing
 
 import kvpersist
 from kvpersist import Message, ToolCallPart
@@ -38,6 +38,7 @@ from kvpersist_drivers.redis import RedisDriver, RedisOptions
 from kvpersist_drivers.redis._plan import names_of
 
 _numbers = itertools.count()
+_needs_redis_7 = pytest.mark.skipif(missing() is None and major_version() < 7, reason="needs Redis 7")
 
 
 def _base() -> str:
@@ -382,6 +383,7 @@ async def test_a_user_who_lacks_one_command_writes_nothing(own_server: RedisServ
             assert await driver.scan(None, None, limit=5) == []
 
 
+@_needs_redis_7
 async def test_the_rights_that_the_page_names_suffice(own_server: RedisServer) -> None:
     rights = "+@read +@write +@string +@sortedset +@set +@scripting +@connection +info +time"
     page = Path(__file__).parents[2] / "docs" / "how-to" / "redis.md"
@@ -441,6 +443,7 @@ def test_without_its_client_it_says_what_to_install(module: str) -> None:
     assert "pip install 'kvpersist[redis]'" in done.stderr
 
 
+@_needs_redis_7
 async def test_tls_is_spoken_with_a_server_whose_certificate_is_known(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
@@ -470,6 +473,7 @@ async def test_a_client_of_a_cluster_is_refused() -> None:
         await RedisDriver.over(client)
 
 
+@_needs_redis_7
 async def test_a_server_in_cluster_mode_is_refused(redis_server: RedisServer) -> None:
     server = RedisServer("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
     try:

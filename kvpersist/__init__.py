@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from kvpersist.agents.persistence import Persistence
     from kvpersist.agents.persistence import open as open
     from kvpersist.agents.records import Message, Session, TimelineItem, ToolCall, ToolCallPart
-    from kvpersist.errors import CommitUnknown, Conflict, KvError, Unavailable
+    from kvpersist.errors import CommitUnknown, Conflict, KvError, LeaseLost, Locked, Unavailable
     from kvpersist.index import Index, at_least, at_most, between
+    from kvpersist.lease import Holder, Lease, Lock
     from kvpersist.log import Log
     from kvpersist.repository import Page, Repository
     from kvpersist.store import Info, Store, Versioned, open_store
@@ -23,9 +24,14 @@ if TYPE_CHECKING:
 __all__ = [
     "CommitUnknown",
     "Conflict",
+    "Holder",
     "Index",
     "Info",
     "KvError",
+    "Lease",
+    "LeaseLost",
+    "Lock",
+    "Locked",
     "Log",
     "Message",
     "Page",
@@ -51,8 +57,9 @@ __version__ = "0.1.0"
 _HOMES: Final = {
     "kvpersist.agents.persistence": ("Persistence", "open"),
     "kvpersist.agents.records": ("Message", "Session", "TimelineItem", "ToolCall", "ToolCallPart"),
-    "kvpersist.errors": ("CommitUnknown", "Conflict", "KvError", "Unavailable"),
+    "kvpersist.errors": ("CommitUnknown", "Conflict", "KvError", "LeaseLost", "Locked", "Unavailable"),
     "kvpersist.index": ("Index", "at_least", "at_most", "between"),
+    "kvpersist.lease": ("Holder", "Lease", "Lock"),
     "kvpersist.log": ("Log",),
     "kvpersist.repository": ("Page", "Repository"),
     "kvpersist.store": ("Info", "Store", "Versioned", "open_store"),

@@ -11,6 +11,8 @@ import pytest
 
 import kvpersist
 from kvpersist import (
+    Lease,
+    Lock,
     Log,
     Message,
     Persistence,
@@ -52,6 +54,8 @@ def shown(cells: str) -> dict[str, list[str]]:
         ("store.md", "", Store),
         ("repository.md", "", Repository),
         ("log.md", "", Log),
+        ("locks.md", "Lock", Lock),
+        ("locks.md", "Lease", Lease),
         ("agents.md", "db", Persistence),
         ("agents.md", "db.sessions", Sessions),
         ("agents.md", "db.messages", Messages),

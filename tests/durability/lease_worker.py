@@ -61,4 +61,5 @@ async def main(url: str, plan: dict[str, Any]) -> None:
 
 if "FAKETIME_TIMESTAMP_FILE" in os.environ:  # libfaketime moves the end of a sleep when it moves the clock
     time.sleep = lambda seconds: select.select([], [], [], seconds)
+    sys.setswitchinterval(0.0002)  # under it a thread that waits for the interpreter waits for the whole interval
 asyncio.run(main(sys.argv[1], json.loads(sys.argv[2])))

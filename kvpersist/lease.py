@@ -50,6 +50,7 @@ __all__ = ["Holder", "Lease", "Lock"]
 _FIRST_POLL: Final = 0.01  # seconds between two looks at a lock that somebody holds; doubled each time
 _LONGEST_POLL: Final = 0.25  # seconds
 _RENEWALS: Final = 3  # in the time of one lease
+_ATTEMPTS: Final = 40  # of a write in steps that keeps losing to writers without the lock
 _RETRIES: Final = 12  # in that time, where the backend does not answer
 
 _T = TypeVar("_T")
@@ -417,10 +418,10 @@ class Lease:
             try:
                 return await self._store._commit((Put(op.key, op.value, expect),))
             except Conflict:
-                if op.expect is not None:
+                attempt += 1
+                if op.expect is not None or attempt == _ATTEMPTS:
                     raise
             await backoff(attempt)
-            attempt += 1
 
     async def _refuse_taken(self, conflict: Conflict) -> None:
         """Raise LeaseLost where a fenced batch failed because of the lock, whatever else failed too."""

@@ -593,6 +593,29 @@ async def test_a_write_that_was_on_its_way_does_not_follow_one_of_the_next_holde
         await new.release()
 
 
+async def test_losing_every_time_to_writers_without_the_lock_ends_with_a_conflict(
+    stepwise: FaultyDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_store(stepwise) as store:
+        lease = await taken(store)
+        entries = store._entries
+
+        async def overtaken(keys: Sequence[str]) -> list[Entry | None]:
+            found = await entries(keys)
+            if keys == ["app:state"]:
+                await store.put("app:state", 0)
+            return found
+
+        async def at_once(attempt: int) -> None:
+            pass
+
+        monkeypatch.setattr(store, "_entries", overtaken)
+        monkeypatch.setattr("kvpersist.lease.backoff", at_once)
+        with pytest.raises(Conflict):
+            await lease.put("app:state", 1)
+        await lease.release()
+
+
 class _Shuffled(MemoryDriver):
     """Without atomic batches; every call takes its time, before and after it is done."""
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvpersist.agents.persistence import Persistence
     from kvpersist.agents.persistence import open as open
     from kvpersist.agents.records import Message, Session, TimelineItem, ToolCall, ToolCallPart
+    from kvpersist.changes import Change, Watch
     from kvpersist.errors import CommitUnknown, Conflict, KvError, LeaseLost, Locked, Unavailable
     from kvpersist.index import Index, at_least, at_most, between
     from kvpersist.lease import Holder, Lease, Lock
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from kvpersist.transaction import Transaction
 
 __all__ = [
+    "Change",
     "CommitUnknown",
     "Conflict",
     "Holder",
@@ -45,6 +47,7 @@ __all__ = [
     "Transaction",
     "Unavailable",
     "Versioned",
+    "Watch",
     "__version__",
     "at_least",
     "at_most",
@@ -57,6 +60,7 @@ __version__ = "0.1.0"
 _HOMES: Final = {
     "kvpersist.agents.persistence": ("Persistence", "open"),
     "kvpersist.agents.records": ("Message", "Session", "TimelineItem", "ToolCall", "ToolCallPart"),
+    "kvpersist.changes": ("Change", "Watch"),
     "kvpersist.errors": ("CommitUnknown", "Conflict", "KvError", "LeaseLost", "Locked", "Unavailable"),
     "kvpersist.index": ("Index", "at_least", "at_most", "between"),
     "kvpersist.lease": ("Holder", "Lease", "Lock"),

@@ -11,7 +11,7 @@ import copy
 import types
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar, cast
 
 import msgspec
 
@@ -89,12 +89,34 @@ class Batched:
             if lane is not None:
                 await lane.close()
 
-    async def _get_merged(self, calls: list[Sequence[str]]) -> list[list[Entry | None]]:
+    async def _get_merged(self, calls: list[Sequence[str]]) -> list[list[Entry | None] | KvError]:
         if len(calls) == 1:
             return [await self.driver.get(calls[0])]
         unique = list(dict.fromkeys([key for keys in calls for key in keys]))
-        found = dict(zip(unique, await self.driver.get(unique), strict=True))
+        try:
+            found = dict(zip(unique, await self.driver.get(unique), strict=True))
+        except KvError as error:
+            return await self._get_around(calls, error)
         return [[found[key] for key in keys] for keys in calls]
+
+    async def _get_around(self, calls: list[Sequence[str]], error: KvError) -> list[list[Entry | None] | KvError]:
+        """Give ``error`` to those who asked for the keys it is about, and read again what the others asked for."""
+        failed: dict[str, KvError] = {}
+        found: dict[str, Entry | None] | None = None
+        left = calls
+        while found is None:
+            about = set(error.about or ()).intersection([key for keys in left for key in keys])
+            if not about:  # it is everybody's
+                raise error
+            failed |= dict.fromkeys(about, error)
+            left = [keys for keys in left if failed.keys().isdisjoint(keys)]
+            unique = list(dict.fromkeys([key for keys in left for key in keys]))
+            try:
+                found = dict(zip(unique, await self.driver.get(unique), strict=True))
+            except KvError as another:
+                error = another
+        theirs = [next((failed[key] for key in keys if key in failed), None) for keys in calls]
+        return [own or [found[key] for key in keys] for keys, own in zip(calls, theirs, strict=True)]
 
     async def _commit_merged(self, calls: list[Sequence[Batch]]) -> list[list[Committed | KvError]]:
         if len(calls) == 1:
@@ -145,7 +167,7 @@ class _Lane(Generic[_Work, _Answer]):
     def __init__(
         self,
         operation: str,
-        run: Callable[[list[_Work]], Awaitable[list[_Answer]]],
+        run: Callable[[list[_Work]], Awaitable[Sequence[_Answer | KvError]]],
         timeout: float | None,
         settles: bool,
     ) -> None:
@@ -227,8 +249,12 @@ class _Lane(Generic[_Work, _Answer]):
                 _fail(calls, error)
             else:
                 for call, answer in zip(calls, answers, strict=True):
-                    if not call.answer.done():
-                        call.answer.set_result(answer)
+                    if call.answer.done():
+                        continue
+                    if type(answer) is list:
+                        call.answer.set_result(cast(_Answer, answer))
+                    else:
+                        _fail([call], cast(KvError, answer))
             if self._worker is not me:  # abandoned: another worker serves the lane
                 return
             self._flying = []

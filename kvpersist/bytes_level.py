@@ -16,6 +16,7 @@ import msgspec
 
 from kvpersist import codec
 from kvpersist.batching import Batched
+from kvpersist.changes import Hub, Scope, Waker
 from kvpersist.driver import (
     ABSENT,
     Batch,
@@ -121,6 +122,7 @@ class BytesLevel:
         self._forks = _forks
         self._loop = asyncio.get_running_loop()
         self._sweeper: asyncio.Task[None] | None = None
+        self._hub: Hub | None = None  # while somebody watches
 
     async def sweep(self) -> int:
         """Remove expired entries now, where the backend does not do it itself; return how many."""
@@ -148,6 +150,8 @@ class BytesLevel:
         await asyncio.shield(self._closing)  # a cancelled close goes on; a second one waits for the first
 
     async def _close(self) -> None:
+        if self._hub is not None:
+            await self._hub.close()
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.wait([self._sweeper])
@@ -171,9 +175,13 @@ class BytesLevel:
         except CommitUnknown as lost:
             outcome = lost
         if type(outcome) is Committed:
+            if self._hub is not None:
+                self._hub.committed(batch.ops, batch.version)
             return outcome.version
         decided = await self._decided(batch, cast(KvError, outcome), self._loop.time() + _DECIDE)
         if isinstance(decided, bytes):
+            if self._hub is not None:
+                self._hub.committed(batch.ops, batch.version)
             return decided
         raise decided
 
@@ -186,10 +194,15 @@ class BytesLevel:
         except CommitUnknown as lost:
             outcomes = [lost] * len(minted)
         until = self._loop.time() + _DECIDE  # for all of them
-        return [
+        decided = [
             outcome.version if type(outcome) is Committed else await self._decided(batch, cast(KvError, outcome), until)
             for batch, outcome in zip(minted, outcomes, strict=True)
         ]
+        if self._hub is not None:
+            for batch, outcome in zip(minted, decided, strict=True):
+                if isinstance(outcome, bytes):
+                    self._hub.committed(batch.ops, outcome)
+        return decided
 
     async def _entries(self, keys: Sequence[str]) -> list[Entry | None]:
         self._check()
@@ -210,6 +223,20 @@ class BytesLevel:
             return await self._lanes.scan(start, end, limit=limit, reverse=reverse, keys_only=keys_only, deref=deref)
         found = await self._lanes.scan(start, end, limit=limit, reverse=reverse)
         return await deref_by_get(self._lanes, found, deref)
+
+    def _changes(self) -> Hub:
+        """Whoever wants to be told of changes asks here."""
+        self._check()
+        if self._hub is None:
+            self._hub = Hub(self)
+        return self._hub
+
+    def _waker(self, prefix: str, interval: float = 0.25) -> Waker:
+        """Tell a reader when something below ``prefix`` may have changed, here or in another process.
+
+        ``interval``: seconds between wake-ups where the backend tells nothing.
+        """
+        return self._changes().waker(Scope(prefix), interval)
 
     async def _own(self, namespace: str) -> None:
         """Note in the format record that a repository owns ``namespace``."""

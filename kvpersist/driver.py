@@ -184,7 +184,11 @@ class Driver(Protocol):
     capabilities: Capabilities
 
     async def get(self, keys: Sequence[str]) -> list[Entry | None]:
-        """Read ``n`` keys in one round trip: ``n`` items in their order, repeats allowed."""
+        """Read ``n`` keys in one round trip: ``n`` items in their order, repeats allowed.
+
+        An error that is not every key's names its keys in ``about``, as `CorruptRecord` does; whoever
+        asked for others asks again.
+        """
         ...
 
     async def commit(self, batches: Sequence[Batch]) -> list[Committed | KvError]:
@@ -258,7 +262,14 @@ class Watches(Protocol):
     """Can tell of changes."""
 
     def watch(self, prefix: str) -> AsyncIterator[tuple[str, ...]]:
-        """Yield the changed keys below ``prefix``; an empty tuple: some may have been missed."""
+        """Yield the changed keys below ``prefix``, whoever changed them.
+
+        An empty tuple says that any may have changed. It is the first item, too: what is committed after
+        it is told. A connection that was lost is made again, and an empty tuple follows.
+
+        With ``capabilities.watch`` "push" or "local" keys are named wherever possible; with "poll" they
+        may never be.
+        """
         ...
 
 

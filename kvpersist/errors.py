@@ -79,6 +79,8 @@ class KvError(Exception):
     code: ClassVar[str] = "KV000"
     retryable: ClassVar[bool] = False
     outcome: ClassVar[Literal["none", "unknown"]] = "none"
+    about: tuple[str, ...] | None = None
+    """Of an error of a driver's ``get``: the keys that cannot be read. None: all that were asked for."""
 
 
 class Unavailable(KvError, ConnectionError):
@@ -438,6 +440,7 @@ class CorruptRecord(KvError, ValueError):
     def __init__(self, key: str, reason: str) -> None:
         super().__init__(key, reason)
         self.key, self.reason = key, reason
+        self.about = (key,)
 
     def __str__(self) -> str:
         return f"the record at {self.key!r} is damaged ({self.reason}): restore it from a backup, or delete it"

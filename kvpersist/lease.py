@@ -43,10 +43,12 @@ from kvpersist.errors import (
 from kvpersist.transaction import Transaction, backoff
 
 if TYPE_CHECKING:
+    from kvpersist.changes import Waker
     from kvpersist.store import Store
 
 __all__ = ["Holder", "Lease", "Lock"]
 
+_SHORTEST: Final = 0.001  # seconds of one wait
 _FIRST_POLL: Final = 0.01  # seconds between two looks at a lock that somebody holds; doubled each time
 _LONGEST_POLL: Final = 0.25  # seconds
 _RENEWALS: Final = 3  # in the time of one lease
@@ -153,24 +155,33 @@ class Lock:
         until = math.inf if self.wait is None else loop.time() + self.wait
         version, since = b"", 0.0  # of the holder's last renewal, and when this loop saw it first
         attempt = 0
-        while True:
-            asked = loop.time()
-            seen = await self._look()
-            if seen.held is None or seen.held.version != version:
-                version, since = b"" if seen.held is None else seen.held.version, loop.time()
-            holder, record = seen.holder, seen.record
-            if holder is None or record is None or asked - since >= record.ttl:
-                lease = await self._kept(self._taken(seen))
-                if lease is not None:
-                    return lease
-                await backoff(attempt)  # another was quicker
+        news: Waker | None = None
+        try:
+            while True:
+                asked = loop.time()
+                seen = await self._look()
+                if seen.held is None or seen.held.version != version:
+                    version, since = b"" if seen.held is None else seen.held.version, loop.time()
+                holder, record = seen.holder, seen.record
+                if holder is None or record is None or asked - since >= record.ttl:
+                    lease = await self._kept(self._taken(seen))
+                    if lease is not None:
+                        return lease
+                    await backoff(attempt)  # another was quicker
+                    attempt += 1
+                    continue
+                left = until - loop.time()
+                if left <= 0:
+                    raise Locked(self.name, holder.owner, holder.expires_at)
+                if news is None:
+                    news = self._store._waker(self._key)  # tells of what comes after the next look
+                    continue
+                most = min(left, holder.expires_at - seen.now, since + record.ttl - asked)
+                await news.wait(min(max(most, _SHORTEST), self._poll(attempt)))
                 attempt += 1
-                continue
-            left = until - loop.time()
-            if left <= 0:
-                raise Locked(self.name, holder.owner, holder.expires_at)
-            await self._pause(attempt, min(left, holder.expires_at - seen.now, since + record.ttl - asked))
-            attempt += 1
+        finally:
+            if news is not None:
+                news.close()
 
     async def holder(self) -> Holder | None:
         """Return who holds the lock now, or None."""
@@ -249,10 +260,11 @@ class Lock:
             task.add_done_callback(_given_back)
             raise
 
-    async def _pause(self, attempt: int, most: float) -> None:
-        """Wait until the lock may have been given back, ``most`` seconds at the most."""
-        longest = min(_LONGEST_POLL, _FIRST_POLL * 2 ** min(attempt, 8))
-        await asyncio.sleep(max(0.001, min(most, random.uniform(_FIRST_POLL, longest))))
+    def _poll(self, attempt: int) -> float:
+        """Seconds until the lock is looked at again where nothing tells that it was given back."""
+        if self._store.capabilities.watch is not None:
+            return math.inf
+        return random.uniform(_FIRST_POLL, min(_LONGEST_POLL, _FIRST_POLL * 2 ** min(attempt + 1, 8)))
 
 
 class Lease:

@@ -13,6 +13,7 @@ import msgspec
 
 from kvpersist import codec, config, keys, registry, urls
 from kvpersist.bytes_level import BytesLevel
+from kvpersist.changes import Scope, Watch
 from kvpersist.driver import (
     Clock,
     Delete,
@@ -321,6 +322,28 @@ class Store(BytesLevel):
     async def restore(self, snapshot: Mapping[str, Any], prefix: str = "") -> None:
         """Write what `snapshot` returned below ``prefix``; other keys stay."""
         await self.put_many({prefix + key: value for key, value in snapshot.items()})
+
+    # ---- changes
+
+    def watch(
+        self,
+        prefix: str | Sequence[str],
+        *,
+        collapse: float | None = None,
+        interval: float | None = None,
+        buffer: int = 1024,
+    ) -> Watch:
+        """Iterate over what changes below ``prefix``, or of a list of keys, whoever changes it.
+
+        Changes of a key come in the order of their commits; of several commits in quick succession only
+        the last may be told. Expiry is not told where the backend removes expired entries itself.
+
+        Args:
+            collapse: join what comes within so many seconds into one change.
+            interval: seconds between looks where the backend does not tell of changes; default 1.
+            buffer: keys kept for a watcher that is slow; beyond it, it is told that it ``missed`` some.
+        """
+        return Watch(self._changes, Scope.of(prefix), collapse, interval, buffer)
 
     # ---- several keys at once
 

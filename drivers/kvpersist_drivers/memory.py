@@ -13,11 +13,14 @@ bytes as long as they hold no lone surrogates.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import suppress
 from heapq import heapify, heappop, heappush
-from threading import Lock
+from threading import Lock, get_ident
 from typing import ClassVar, Final, Self
 
 from msgspec import Struct
@@ -28,6 +31,7 @@ from kvpersist.errors import Conflict, KvError, StoreClosed
 __all__ = ["MemoryDriver", "MemoryOptions"]
 
 _CHUNK: Final = 512  # keys per list after a split; a list is split at twice as many
+_TOLD: Final = 1024  # commits kept for a slow watcher, beyond which it is told that it missed some
 
 
 class MemoryOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -50,6 +54,7 @@ class MemoryDriver:
             ordered=True,
             reverse=True,
             deref=True,
+            watch="local",
             cancel_settles=True,
             server="memory",
         )
@@ -91,6 +96,8 @@ class MemoryDriver:
                     if key not in self._entries:
                         self._space.added(key)
                     self._entries[key] = Entry(key, op.value, version)
+                    if self._space.watchers:
+                        self._space.tell((key,))
                     return [Committed(version)]
         with self._lock:
             return [self._apply(batch) for batch in batches]
@@ -125,6 +132,24 @@ class MemoryDriver:
             return [Entry(entry.key, b"", entry.version, entry.expires_at) for entry in found]
         return found
 
+    async def watch(self, prefix: str) -> AsyncGenerator[tuple[str, ...]]:
+        """As `Watches.watch`, for everybody in this process who has the space open."""
+        if self._closed:
+            raise _closed()
+        space, watcher = self._space, _Watcher(self, prefix)
+        with self._lock:
+            space.watchers.append(watcher)
+        try:
+            yield ()
+            while not self._closed:
+                while watcher.told:
+                    yield watcher.told.popleft()
+                await watcher.more()
+            raise _closed()
+        finally:
+            with self._lock:
+                space.watchers.remove(watcher)
+
     async def compact(self, limit: int = 500) -> int:
         """Remove at most ``limit`` expired entries, oldest expiry first; return how many went."""
         if self._closed:
@@ -135,6 +160,10 @@ class MemoryDriver:
     async def close(self) -> None:
         if not self._closed:
             self._closed = True
+            with self._lock:
+                for watcher in self._space.watchers:
+                    if watcher.driver is self:
+                        watcher.wake()
             _leave(self._name, self._space)
             self._space, self._entries = _NOTHING, {}
 
@@ -164,6 +193,8 @@ class MemoryDriver:
                 entries[key] = Entry(key, op.value, version, expires_at)
             elif not isinstance(op, Check):
                 space.remove(key)
+        if space.watchers:  # now that they would see it
+            space.tell([op.key for op in batch.ops if not isinstance(op, Check)])
         return Committed(version)
 
 
@@ -174,6 +205,7 @@ class _Space:
         self.lock = Lock()
         self.holders = 0
         self.entries: dict[str, Entry] = {}
+        self.watchers: list[_Watcher] = []
         self._order = _Order()
         self._new: list[str] = []  # keys to be put in order, each once
         self._gone: set[str] = set()  # keys in the order, or in _new, that have no entry
@@ -195,6 +227,10 @@ class _Space:
             heapify(self._expiries)
         heappush(self._expiries, (at, key))
 
+    def tell(self, keys: Sequence[str]) -> None:
+        for watcher in self.watchers:
+            watcher.tell(keys)
+
     def compact(self, now: float, limit: int) -> int:
         removed = 0
         while removed < limit and self._expiries and self._expiries[0][0] <= now:
@@ -211,6 +247,39 @@ class _Space:
             self._order.update(self._new, self._gone)
             self._new, self._gone = [], set()
         return self._order
+
+
+class _Watcher:
+    """What one `MemoryDriver.watch` has not yielded yet; filled from whichever thread commits."""
+
+    def __init__(self, driver: MemoryDriver, prefix: str) -> None:
+        self.driver = driver
+        self.told: deque[tuple[str, ...]] = deque()
+        self._prefix = prefix
+        self._thread, self._loop = get_ident(), asyncio.get_running_loop()
+        self._woken = asyncio.Event()
+
+    def tell(self, keys: Sequence[str]) -> None:
+        mine = tuple([key for key in keys if key.startswith(self._prefix)])
+        if not mine:
+            return
+        if len(self.told) >= _TOLD:
+            self.told.clear()
+            mine = ()
+        self.told.append(mine)
+        if len(self.told) == 1:  # else it is on its way to wake up
+            self.wake()
+
+    def wake(self) -> None:
+        if get_ident() == self._thread:
+            self._woken.set()
+            return
+        with suppress(RuntimeError):  # its loop was closed
+            self._loop.call_soon_threadsafe(self._woken.set)
+
+    async def more(self) -> None:
+        await self._woken.wait()
+        self._woken.clear()
 
 
 class _Order:

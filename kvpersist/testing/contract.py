@@ -1141,19 +1141,33 @@ class DriverContract(ABC, Generic[D]):
         told = asyncio.ensure_future(anext(changes))
         try:
             async with asyncio.timeout(20):
-                number = 0
-                while not told.done():  # when a watch begins to listen is not promised
-                    number += 1
-                    await _fill(driver, {f"d:{number}": b"v", f"c:{number}": b"v"})
-                    await asyncio.wait({told}, timeout=0.05)
-            keys = told.result()
+                begun = await asyncio.shield(told)
+                told = asyncio.ensure_future(anext(changes))
+                await _fill(driver, {"d:1": b"v", "c:1": b"v"})
+                keys = await asyncio.shield(told)
         finally:
             told.cancel()
             await asyncio.wait({told})
             if isinstance(changes, AsyncGenerator):
                 await changes.aclose()
 
-        assert all(key.startswith("c:") for key in keys)
+        assert begun == ()
+        assert keys in {("c:1",), ()}
+        assert keys or driver.capabilities.watch == "poll"
+
+    async def test_a_watch_ends_with_its_driver(self, driver: D) -> None:
+        if not isinstance(driver, Watches):
+            pytest.skip("does not watch")
+
+        changes = driver.watch("c:")
+        async with asyncio.timeout(20):
+            await anext(changes)
+            told = asyncio.ensure_future(anext(changes))
+            await asyncio.sleep(0)
+            await driver.close()
+
+            with pytest.raises((KvError, StopAsyncIteration)):
+                await told
 
 
 # -- helpers -----------------------------------------------------------------------------------

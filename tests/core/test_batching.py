@@ -8,7 +8,7 @@ import pytest
 
 from kvpersist.batching import Batched
 from kvpersist.driver import Batch, Capabilities, Committed, Entry, Put
-from kvpersist.errors import CommitUnknown, DeadlineExceeded, KvError, StoreClosed, Unavailable
+from kvpersist.errors import CommitUnknown, CorruptRecord, DeadlineExceeded, KvError, StoreClosed, Unavailable
 
 
 class Scripted:
@@ -256,6 +256,39 @@ async def test_each_caller_of_a_failed_drain_gets_an_error_of_its_own() -> None:
     assert [str(error) for error in errors] == ["the server is gone"] * 3
     assert len({id(error) for error in errors}) == 3
     await lanes.close()
+
+
+@pytest.mark.parametrize("damaged", [("c",), ("a", "c"), ("a", "b", "c", "d")])
+async def test_a_key_that_cannot_be_read_fails_those_who_asked_for_it_and_nobody_else(damaged: tuple[str, ...]) -> None:
+    class Damaged(Scripted):
+        async def get(self, keys: Sequence[str]) -> list[Entry | None]:
+            found = await super().get(keys)
+            if bad := [key for key in keys if key in damaged]:
+                raise CorruptRecord(bad[0], "flipped")
+            return found
+
+    driver = Damaged()
+    lanes = Batched(driver)
+    await lanes.commit([put(key, key.encode()) for key in "abcd"])
+    asked = [["x"], ["a"], ["b", "a"], ["c"], ["d"], ["c"], ["b"], []]
+    driver.gate.clear()
+    calls = [asyncio.ensure_future(lanes.get(keys)) for keys in asked]
+    await settle()
+    driver.gate.set()
+
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+
+    for keys, answer in zip(asked, answers, strict=True):
+        if set(keys) & set(damaged):
+            assert isinstance(answer, CorruptRecord)
+            assert answer.key in keys
+        else:
+            assert isinstance(answer, list)
+            assert [entry and entry.key for entry in answer] == [None if key == "x" else key for key in keys]
+    assert len({id(answer) for answer in answers if isinstance(answer, CorruptRecord)}) == sum(
+        isinstance(answer, CorruptRecord) for answer in answers
+    )
+    assert len(driver.gets) <= 2 + len(damaged)
 
 
 async def test_close_answers_what_was_submitted_and_refuses_what_comes_after() -> None:

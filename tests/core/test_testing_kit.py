@@ -59,7 +59,7 @@ class _Server(_Delegate):
     def __init__(self) -> None:
         super().__init__()
         self.capabilities = msgspec.structs.replace(self.capabilities, ttl="native", watch="push")
-        self._changes: asyncio.Queue[tuple[str, ...]] = asyncio.Queue()
+        self._changes: asyncio.Queue[tuple[str, ...] | None] = asyncio.Queue()
         self._open = True
         self._time = time.time()
         self.inner.clock = lambda: self._time
@@ -77,6 +77,7 @@ class _Server(_Delegate):
 
     async def close(self) -> None:
         self._open = False
+        self._changes.put_nowait(None)
         await super().close()
 
     async def now(self) -> float:
@@ -88,8 +89,9 @@ class _Server(_Delegate):
             raise StoreClosed("the server was closed")
 
     async def watch(self, prefix: str) -> AsyncIterator[tuple[str, ...]]:
-        while True:
-            if keys := tuple(key for key in await self._changes.get() if key.startswith(prefix)):
+        yield ()
+        while (changed := await self._changes.get()) is not None:
+            if keys := tuple(key for key in changed if key.startswith(prefix)):
                 yield keys
 
 
@@ -802,7 +804,8 @@ async def test_a_wrapper_has_the_optional_protocols_of_what_it_wraps_and_no_othe
 
     assert isinstance(memory, UsesClock)
     assert not isinstance(server, UsesClock)
-    assert [hasattr(memory, name) for name in ("compact", "now", "watch", "ping", "backup")] == [True, *[False] * 4]
+    there = [hasattr(memory, name) for name in ("compact", "watch", "now", "ping", "backup")]
+    assert there == [True, True, False, False, False]
     assert [hasattr(server, name) for name in ("compact", "now", "watch", "ping")] == [False, True, True, True]
     memory.clock = clock = ManualClock(5.0)
     assert _innermost(memory).clock is clock

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import pytest
-from redis_server import RedisServer, missing
+from redis_server import RedisCluster, RedisServer, missing
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +15,13 @@ def redis_server(missing_service: Callable[[str, str], NoReturn]) -> Iterator[Re
         missing_service("redis", reason)
     with RedisServer() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def own_cluster(missing_service: Callable[[str, str], NoReturn]) -> Iterator[str]:
+    """A cluster whose slots tests may move."""
+    if reason := missing():
+        missing_service("redis-cluster", reason)
+    cluster = RedisCluster()
+    yield "redis://" + ",".join(f"127.0.0.1:{node.port}" for node in cluster.nodes)
+    cluster.close()

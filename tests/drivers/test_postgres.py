@@ -1001,8 +1001,7 @@ async def _watching(driver: PostgresDriver, prefix: str) -> AsyncIterator[asynci
 
     task = asyncio.ensure_future(follow())
     async with asyncio.timeout(10):
-        while driver._listener is None or driver._listener._connection is None:
-            await asyncio.sleep(0.01)
+        assert await told.get() == ()  # it listens from here on
     try:
         yield told
     finally:
@@ -1053,7 +1052,9 @@ async def test_a_watch_has_a_connection_of_its_own_and_leaves_with_the_last_watc
 
 
 async def test_a_watch_ends_when_the_driver_is_closed(driver: PostgresDriver) -> None:
-    waiting = asyncio.ensure_future(anext(driver.watch("c:")))
+    changes = driver.watch("c:")
+    assert await anext(changes) == ()
+    waiting = asyncio.ensure_future(anext(changes))
     await asyncio.sleep(0.1)
 
     await driver.close()
@@ -1064,10 +1065,8 @@ async def test_a_watch_ends_when_the_driver_is_closed(driver: PostgresDriver) ->
 
 async def test_a_slow_watcher_is_told_that_it_missed_something(driver: PostgresDriver) -> None:
     changes = driver.watch("c:")
-    told = asyncio.ensure_future(anext(changes))
+    assert await anext(changes) == ()
     async with asyncio.timeout(30):
-        while not told.done():
-            await driver.commit([batch(Put("c:a", b"1"))])
         for _ in range(1100):
             driver._listener._notified(None, 0, "", "c:b")
         assert await anext(changes) == ()

@@ -16,10 +16,11 @@ whose value no frame begins with: whoever decodes it names the key, and the list
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
 
@@ -29,6 +30,7 @@ from msgspec import Meta, Struct
 from kvpersist.driver import Batch, Capabilities, Clock, Committed, Entry
 from kvpersist.errors import BadOption, ForkedStore, KvError, StoreClosed
 from kvpersist.urls import UrlParts
+from kvpersist_drivers.filesystem._counter import Counter
 from kvpersist_drivers.filesystem._errors import translated
 from kvpersist_drivers.filesystem._names import MAX_KEY_BYTES
 from kvpersist_drivers.filesystem._place import prepare
@@ -42,6 +44,7 @@ T = TypeVar("T")
 
 _INLINE_KEYS: Final = 32
 _INLINE_BYTES: Final = 64 << 10
+_PERIOD: Final = 0.01  # seconds between two looks at whether something has changed
 _CLOSED: Final = "this filesystem driver was closed, or opened before a fork: open it again"
 
 
@@ -91,6 +94,7 @@ class FilesystemDriver:
             reverse=True,
             deref=True,
             coalesce="writes",
+            watch="poll",
             durable=options.durability == "full",
             shared=True,
             cancel_settles=True,
@@ -168,6 +172,30 @@ class FilesystemDriver:
         deref: str | None = None,
     ) -> list[Entry]:
         return await self._reading(partial(self._reader.scan, start, end, limit, reverse, keys_only, deref))
+
+    async def watch(self, prefix: str) -> AsyncGenerator[tuple[str, ...]]:
+        """Yield the empty tuple after a commit, or several, by whichever process.
+
+        What a process changed just before it died is told after about as long again as that commit took.
+        """
+        counter = Counter(self.root, writing=False)
+        try:
+            loop = asyncio.get_running_loop()
+            seen, since, silent = counter.read(), loop.time(), 0.0
+            yield ()
+            while True:
+                await asyncio.sleep(_PERIOD)
+                if self._refusal is not None:
+                    raise self._refusal(_CLOSED)
+                number = counter.read()
+                if number != seen:
+                    seen, since, silent = number, loop.time(), _PERIOD
+                    yield ()
+                elif number % 2 and loop.time() - since > silent:  # somebody is busy, or dead
+                    silent = 2 * (loop.time() - since)
+                    yield ()
+        finally:
+            counter.close()
 
     async def ping(self) -> None:
         await self._reading(self._reader.ping)

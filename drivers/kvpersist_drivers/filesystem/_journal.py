@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 from zlib import crc32
 
 from kvpersist_drivers.filesystem import _at
+from kvpersist_drivers.filesystem._counter import Counter
 from kvpersist_drivers.filesystem._tree import OWN, STAGE, Tree
 
 __all__ = ["Head", "Journal", "Step"]
@@ -63,6 +64,7 @@ class Journal:
                 self._descriptor = os.open(path, os.O_RDONLY | _O_BINARY)
             except FileNotFoundError:  # a copy that only has the records
                 self._descriptor = -1
+        self.counter = Counter(tree.root, writing=self.writable)
 
     def pending(self) -> bool:
         """Whether a batch is under way, without a look at which."""
@@ -111,13 +113,17 @@ class Journal:
         return [_step(line) for line in body.decode().splitlines()]
 
     def carry_out(self, step: Step, *, again: bool = False) -> None:
-        """Do one step; with ``again`` it may have been done, and its staged file be gone."""
+        """Do one step; with ``again`` it may have been done, and its staged file be gone.
+
+        Before the lock is given back, ``counter.end()`` is called.
+        """
         tree, (source, path, name) = self._tree, step
         for attempt in (1, 2):
             folder = tree.folder(path, make=bool(source), sync=self._sync)
             stage = tree.folder(STAGE, make=True)
             if folder is None or stage is None:
                 return
+            self.counter.begin()
             try:
                 if source:
                     _at.rename(stage, source, folder, name)
@@ -146,6 +152,7 @@ class Journal:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+        self.counter.close()
 
     def __del__(self) -> None:
         self.close()

@@ -153,6 +153,7 @@ class Reader:
             self._journal.settle(self._journal.head())
             return read()
         finally:
+            self._journal.counter.end()
             self._lock.release()
 
     def _scan(

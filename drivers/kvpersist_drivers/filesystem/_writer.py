@@ -95,6 +95,7 @@ class Writer:
                 self._head = self.journal.settle(self._head)
             yield
         finally:
+            self.journal.counter.end()
             lock.release()
 
     def close(self) -> None:

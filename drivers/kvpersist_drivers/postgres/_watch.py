@@ -50,7 +50,7 @@ class Listener:
         self._closed = False
 
     async def watch(self, prefix: str) -> AsyncGenerator[tuple[str, ...]]:
-        """Yield the changed keys below ``prefix``.
+        """Yield the changed keys below ``prefix``, an empty tuple first.
 
         Raises:
             Unavailable, TooManyClients: it cannot listen. Later, when the connection is lost, it connects
@@ -60,6 +60,7 @@ class Listener:
         self._watchers.append(watcher)
         try:
             await self._listen()
+            watcher.told.appendleft(())
             while not self._closed:
                 while watcher.told:
                     yield watcher.told.popleft()

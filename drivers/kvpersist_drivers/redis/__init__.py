@@ -1,14 +1,14 @@
-"""A single Redis or Valkey server, 6.2 or later. Needs ``kvpersist[redis]``.
+"""Redis or Valkey, 6.2 or later: a server, a cluster, or what sentinels watch over. Needs ``kvpersist[redis]``.
 
 An entry is a string under ``<base>:{.<namespace>}<rest of the key>``: a header of 20 bytes and the
 value. Beside the entries of a namespace stand its index, a sorted set of all its keys in their order
 (``<base>:#{.<namespace>}``), and the expiries of those that have one (``<base>:~{.<namespace>}``); the
 namespaces are a set, ``<base>:#``. The namespace is the text before a key's first ``:``; keys without
-one share the empty namespace.
+one share the empty namespace. Changes are published on ``<base>:!{.<namespace>}``.
 
 ``commit`` is one script call however many batches it has, ``get`` one MGET, ``scan`` one script call
-per namespace and thousand entries. Batches across namespaces are refused, so that a cluster could keep
-the same layout. The server's clock judges expiry.
+per namespace and thousand entries; on a cluster one script call and one MGET for each namespace, sent
+together to each server. Batches across namespaces are refused. The server's clock judges expiry.
 
 A cancelled commit may still be executed by the server. What the server acknowledged is as durable as
 its configuration makes it.
@@ -16,11 +16,13 @@ its configuration makes it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Final, Self, cast
-from urllib.parse import urlsplit
+import asyncio
+import copy
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, ClassVar, Final, Self
 
-from msgspec import Meta, Struct, structs
+from msgspec import Struct, structs
 
 from kvpersist import keys as grammar
 from kvpersist.driver import ABSENT, Batch, Capabilities, Check, Committed, Entry, needs_extra, unpacked_entry
@@ -29,56 +31,54 @@ from kvpersist.errors import (
     BadOption,
     CommitUnknown,
     Conflict,
+    CorruptRecord,
     KvError,
     ReadOnly,
-    StoreClosed,
+    Unavailable,
     Unsupported,
 )
-from kvpersist.urls import redact
 
 with needs_extra("redis", module="redis"), needs_extra("redis", module="hiredis"):
-    from redis.asyncio import Redis
-    from redis.asyncio.retry import Retry
-    from redis.asyncio.sentinel import SentinelConnectionPool
-    from redis.backoff import NoBackoff
-    from redis.exceptions import RedisError
-
-    from kvpersist_drivers.redis._connections import COMMIT, PERMIT, SCAN, SWEEP, Connections, Script
-    from kvpersist_drivers.redis._errors import of_client, of_reply
-    from kvpersist_drivers.redis._plan import MAX_VALUE_BYTES, Names, Plan, names_of
+    from kvpersist_drivers.redis._connections import (
+        COMMIT,
+        PERMIT,
+        SCAN,
+        SWEEP,
+        TELL,
+        Connections,
+        Request,
+        Script,
+        closed,
+    )
+    from kvpersist_drivers.redis._errors import of_reply
+    from kvpersist_drivers.redis._options import Place, RedisOptions, place_of
+    from kvpersist_drivers.redis._plan import MAX_VALUE_BYTES, Names, Plan, names_of, space_of
+    from kvpersist_drivers.redis._servers import Cluster, Sentinels, Servers, slot_of
+    from kvpersist_drivers.redis._watch import changes
 
 __all__ = ["RedisDriver", "RedisOptions"]
 
 _PAGE: Final = 1000  # entries of one call of the scan script, which hands as many names to one MGET
 _OLDEST: Final = (6, 2)  # the first with PXAT
-_CONNECT_SECONDS: Final = 5.0
-
-
-class RedisOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the server is.
-
-    Attributes:
-        url: ``redis://``, ``rediss://`` (TLS), ``unix://`` or ``valkey://``; parameters that are not
-            kvpersist's are those of redis-py's ``Redis.from_url``.
-        base: what every name in the server begins with: several stores can share a database.
-        pool_max: connections at most; calls beyond that wait for one.
-    """
-
-    url: Annotated[str, Meta(min_length=1)]
-    base: Annotated[str, Meta(min_length=1, max_length=64, pattern="^[^{}]*$")] = "kvpersist"
-    pool_max: Annotated[int, Meta(ge=3)] = 8  # one for reads, one for writes, the others for scans
-
-    def __repr__(self) -> str:
-        return f"RedisOptions(url={redact(self.url)!r}, base={self.base!r}, pool_max={self.pool_max})"
+_SHARDED_CHANNELS: Final = (7, 0)  # the first with SPUBLISH
+_ANNOUNCED_SECONDS: Final = 60.0  # for which a cluster is trusted to remember a namespace
+_DAMAGED: Final = b"\xff"  # no frame begins so: whoever decodes the value names the key
+_NO_VERSION: Final = bytes(8)
 
 
 class RedisDriver:
-    """One server. Made by `open`, or by `over` on a client that stays the caller's."""
+    """Made by `open`, or by `over` on a client that stays the caller's."""
 
     api: ClassVar[int] = 1
     Options: ClassVar[type[Struct]] = RedisOptions
 
-    def __init__(self, client: Redis, *, base: str = "kvpersist", pool_max: int = 8) -> None:
+    watch: Callable[[str], AsyncIterator[tuple[str, ...]]]
+    """As `Watches.watch`; only where the server lets this user publish, on a cluster from Redis 7 on.
+
+    The empty tuple comes whenever listening begins, at first too. On a cluster the prefix names a namespace.
+    """
+
+    def __init__(self, servers: Servers, *, base: str = "kvpersist") -> None:
         """Does not connect; `open` and `over` are what a user calls."""
         self.capabilities = Capabilities(
             atomic_batch="partition",
@@ -93,41 +93,44 @@ class RedisDriver:
             max_value_bytes=MAX_VALUE_BYTES,
             server="Redis",
         )
-        self._client = client
-        self._owns_client = False
+        self._servers = servers
         self._base = base
-        self._where = _place(client)
-        self._connections = Connections(client, pool_max, self._where)
         self._denied: str | None = None  # why this user cannot write
+        self._tells = False  # of changes
+        self._announced: set[str] = set()  # namespaces that a cluster was told of
+        self._forget = 0.0  # when they are to be told again, by the loop's clock
         self._closed = False
 
     @classmethod
     async def open(cls, options: RedisOptions, /) -> Self:
-        """Connect to the server that ``options`` name.
+        """Connect to what ``options`` name.
 
         Raises:
-            BadOption: the URL is wrong, or the server refuses the user or password.
-            Unavailable: the server cannot be reached. Unsupported: it is too old, a cluster or a sentinel.
+            BadOption: the options mean nothing, or the server refuses the user or password.
+            Unavailable: no server can be reached. Unsupported: it is too old.
         """
-        client = _client(options)
+        place = place_of(options)
         try:
-            driver = await cls.over(client, base=options.base, pool_max=options.pool_max)
-        except BaseException as error:
-            await client.aclose()
-            if isinstance(error, TypeError) and "argument" in str(error):  # from the parameters of the URL
-                raise BadOption("url", str(error)) from error
-            raise
-        driver._owns_client = True
-        return driver
+            return await cls._opened(place, options.base)
+        except TypeError as error:
+            if "argument" not in str(error):
+                raise
+            raise BadOption("url", str(error)) from error  # of the parameters of the URL
 
     @classmethod
-    async def over(cls, client: Redis, *, base: str = "kvpersist", pool_max: int = 8) -> Self:
-        """Use a client of redis-py, which must allow ``pool_max`` connections and is not closed by `close`."""
-        if not isinstance(client, Redis) or isinstance(client.connection_pool, SentinelConnectionPool):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise Unsupported("a client of Redis Cluster or Sentinel", "name a single server")
-        driver = cls(client, base=base, pool_max=pool_max)
+    async def over(cls, client: Any, **options: Any) -> Self:
+        """Use a client of redis-py, which must allow ``pool_max`` connections and is not closed by `close`.
+
+        Of a `RedisCluster`, and of a client that asks sentinels, only the settings are used.
+        """
+        return await cls.open(RedisOptions(client=client, **options))
+
+    @classmethod
+    async def _opened(cls, place: Place, base: str) -> Self:
+        servers, info = await _servers(place)
+        driver = cls(servers, base=base)
         try:
-            await driver._probe()
+            await driver._probe(info)
         except BaseException:  # cancelled too: nothing may stay open
             await driver.close()
             raise
@@ -135,38 +138,45 @@ class RedisDriver:
 
     async def get(self, keys: Sequence[str]) -> list[Entry | None]:
         if self._closed:
-            raise _closed()
+            raise closed()
         if not keys:
             return []
-        base = self._base
-        names = [
-            f"{base}:{{.{key[:at]}}}{key[at:]}" if (at := key.find(":")) >= 0 else f"{base}:{{.}}{key}" for key in keys
-        ]
-        stored = await self._ask("MGET", *names)
+        stored = await self._stored(keys)
         return [None if data is None else unpacked_entry(key, data) for key, data in zip(keys, stored, strict=True)]
 
     async def commit(self, batches: Sequence[Batch]) -> list[Committed | KvError]:
         if self._closed:
-            raise _closed()
-        plan = Plan(self._base)
-        answers: list[Committed | KvError] = [plan.add(batch) or Committed(batch.version) for batch in batches]
-        if not plan.batches:
+            raise closed()
+        sharded = self._servers.sharded
+        answers: list[Committed | KvError] = []
+        plans: dict[str, Plan] = {}
+        for at, batch in enumerate(batches):
+            space = space_of(batch.ops[0].key) if sharded and batch.ops else ""
+            plan = plans.get(space)
+            if plan is None:
+                plan = plans[space] = Plan(self._base, sharded=sharded, tells=self._tells)
+            answers.append(plan.add(batch, at) or Committed(batch.version))
+        left = [(space, plan) for space, plan in plans.items() if plan.places]
+        if not left:
             return answers
         if self._denied is not None:
             raise ReadOnly(self._denied)
-        keys, args = plan.command()
-        try:
-            failed = cast("list[Any]", await self._connections.run(COMMIT, keys, args, writes=True))
-        except RedisError as error:
-            answer = of_client(error, self._where)
-            if type(answer) is KvError:  # of the script itself, somewhere in the middle
-                answer = CommitUnknown((), str(answer))
-            raise answer from error
-        if failed:
-            places = [at for at, answer in enumerate(answers) if isinstance(answer, Committed) and batches[at].ops]
-            for at in range(0, len(failed), 3):
-                number, position, found = failed[at : at + 3]
-                place = places[int(number) - 1]
+        if sharded:
+            left = await self._announce(left, answers)
+        requests = [
+            Request(slot_of(self._names(space).prefix) if sharded else 0, plan.words(), COMMIT) for space, plan in left
+        ]
+        outcomes = await self._servers.ask(requests, writes=True) if requests else []
+        if len(plans) == 1 and outcomes and isinstance(outcomes[0], KvError):
+            raise _unknown(outcomes[0])
+        for (_, plan), outcome in zip(left, outcomes, strict=True):
+            if isinstance(outcome, KvError):
+                for place in plan.places:
+                    answers[place] = copy.copy(_unknown(outcome))
+                continue
+            for at in range(0, len(outcome), 3):
+                number, position, found = outcome[at : at + 3]
+                place = plan.places[int(number) - 1]
                 answers[place] = self._failure(batches[place], position, found)
         return answers
 
@@ -181,13 +191,13 @@ class RedisDriver:
         deref: str | None = None,
     ) -> list[Entry]:
         if self._closed:
-            raise _closed()
+            raise closed()
         if limit <= 0 or (start is not None and end is not None and start >= end):
             return []
         space = _only_namespace(start, end)
         if space is not None:
             return await self._scan(space, start, end, limit, reverse, keys_only, deref)
-        spaces = [text.decode() for text in await self._ask("SMEMBERS", f"{self._base}:#")]
+        spaces = await self._spaces()
         found: list[Entry] = []
         for space in sorted((space for space in spaces if space), key=lambda space: space + ":", reverse=reverse):
             if len(found) >= limit:
@@ -200,17 +210,22 @@ class RedisDriver:
 
     async def now(self) -> float:
         """Seconds since 1970 by the server's clock."""
-        seconds, microseconds = await self._ask("TIME")
+        seconds, microseconds = await self._ask(self._home, "TIME")
         return int(seconds) + int(microseconds) / 1e6
 
     async def ping(self) -> None:
-        await self._ask("PING")
+        if self._closed:
+            raise closed()
+        masters = await self._servers.masters()
+        for answers in await asyncio.gather(*(master.run([Request(0, ("PING",))]) for master in masters)):
+            if isinstance(answers[0], Exception):
+                raise Unavailable(str(answers[0])) from answers[0]
 
     async def compact(self, limit: int = 500) -> int:
         """Take at most ``limit`` expired keys out of the indexes; their values are gone by themselves."""
         removed = 0
-        for space in await self._ask("SMEMBERS", f"{self._base}:#"):
-            names = self._names(space.decode())
+        for space in await self._spaces():
+            names = self._names(space)
             looked = 1
             while looked and removed < limit:
                 gone, looked = await self._run(SWEEP, [names.lex, names.expiries], [names.prefix, limit - removed])
@@ -219,9 +234,73 @@ class RedisDriver:
 
     async def close(self) -> None:
         self._closed = True
-        await self._connections.close()
-        if self._owns_client:
-            await self._client.aclose()
+        await self._servers.close()
+
+    async def _changes(self, prefix: str) -> AsyncGenerator[tuple[str, ...]]:
+        if self._closed:
+            raise closed()
+        if self._servers.sharded and ":" not in prefix:
+            raise Unsupported("watching all namespaces of a cluster", "watch one, by a prefix such as 'kv:'")
+        async with aclosing(changes(self._servers, self._base, prefix)) as found:
+            async for keys in found:
+                yield keys
+
+    async def _stored(self, keys: Sequence[str]) -> list[bytes | None]:
+        base = self._base
+        names = [
+            f"{base}:{{.{key[:at]}}}{key[at:]}" if (at := key.find(":")) >= 0 else f"{base}:{{.}}{key}" for key in keys
+        ]
+        return await (self._gathered(keys, names) if self._servers.sharded else self._ask(0, "MGET", *names))
+
+    async def _gathered(self, keys: Sequence[str], names: list[str]) -> list[bytes | None]:
+        """What is stored under ``names``, one MGET for each slot."""
+        try:
+            "".join(keys).encode()  # before anything is sent
+        except UnicodeEncodeError as error:
+            raise BadKey(error.object, "no UTF-8 text: it holds a lone surrogate") from error
+        slots: dict[int, list[int]] = {}
+        for at, name in enumerate(names):
+            slots.setdefault(self._slot(name), []).append(at)
+        stored: list[bytes | None] = [None] * len(names)
+        requests = [Request(slot, ("MGET", *(names[at] for at in places))) for slot, places in slots.items()]
+        failed: dict[str, KvError] = {}
+        for places, answer in zip(slots.values(), await self._servers.ask(requests), strict=True):
+            if isinstance(answer, KvError):
+                failed |= {keys[at]: answer for at in places}
+                continue
+            for at, data in zip(places, answer, strict=True):
+                stored[at] = data
+        if failed:
+            error = copy.copy(next(iter(failed.values())))
+            error.about = tuple(failed)
+            raise error
+        return stored
+
+    async def _announce(
+        self, plans: list[tuple[str, Plan]], answers: list[Committed | KvError]
+    ) -> list[tuple[str, Plan]]:
+        """Put the namespaces among the others before they are written; leave out what may not be written now."""
+        now = asyncio.get_running_loop().time()
+        if now >= self._forget:
+            self._announced.clear()
+            self._forget = now + _ANNOUNCED_SECONDS
+        new = [space for space, plan in plans if plan.has_puts and space not in self._announced]
+        if not new:
+            return plans
+        [answer] = await self._servers.ask([Request(self._home, ("SADD", f"{self._base}:#", *new))], writes=True)
+        if not isinstance(answer, KvError):
+            self._announced.update(new)
+            return plans
+        if isinstance(answer, CommitUnknown):  # of the namespaces alone
+            answer = Unavailable(f"{answer.reason}; nothing was changed")
+        for space, plan in plans:
+            if space in new:
+                for place in plan.places:
+                    answers[place] = copy.copy(answer)
+        return [(space, plan) for space, plan in plans if space not in new]
+
+    async def _spaces(self) -> list[str]:
+        return [text.decode() for text in await self._ask(self._home, "SMEMBERS", f"{self._base}:#")]
 
     async def _scan(
         self,
@@ -245,7 +324,7 @@ class RedisDriver:
         while len(found) < limit:
             args = [prefix, low, high, min(_PAGE, limit - len(found)), "reverse" * reverse, "keys" * keys_only, targets]
             last, *page = await self._run(SCAN, [index], args)
-            found += _entries(space, page, deref if near else None)
+            found += _entries(space, page, deref if near else None, keys_only)
             if last is None:
                 break
             bound = "(" + last.decode()
@@ -256,50 +335,62 @@ class RedisDriver:
         """Add the targets, which are in other namespaces, with one more call."""
         keys = [deref + entry.value.decode("utf-8", "replace") for entry in entries]
         return [
-            Entry(entry.key, entry.value, entry.version, entry.expires_at, target)
-            for entry, target in zip(entries, await self.get(keys), strict=True)
+            _pointing(entry, key, data)
+            for entry, key, data in zip(entries, keys, await self._stored(keys) if keys else [], strict=True)
         ]
 
-    async def _probe(self) -> None:
-        """Learn what the server is, and whether this user may do what a commit needs."""
-        try:
-            told: bytes = await self._ask("INFO", "server")
-        except KvError as error:
-            if type(error) not in (ReadOnly, KvError):
-                raise
-            told = b""  # not for this user
-        info = dict(line.split(":", 1) for line in told.decode("utf-8", "replace").splitlines() if ":" in line)
-        if info.get("redis_mode", "standalone") != "standalone":
-            raise Unsupported(f"a server in {info['redis_mode']} mode ({self._where})", "name a single server")
+    async def _probe(self, info: dict[str, str]) -> None:
+        """Judge what the server is, and find out whether this user may do what a commit needs."""
         version = info.get("redis_version", "")
         numbers = tuple(int(number) for number in version.split(".")[:2] if number.isdigit())
         if numbers and numbers < _OLDEST:
-            raise Unsupported(f"Redis {version} ({self._where})", "it needs 6.2 or later")
+            raise Unsupported(f"Redis {version} ({self._servers.where})", "it needs 6.2 or later")
         valkey = info.get("valkey_version")
         server = f"Valkey {valkey}" if valkey else f"Redis {version}".strip()
-        self.capabilities = structs.replace(self.capabilities, server=server)
+        kind = " Cluster" if isinstance(self._servers, Cluster) else ""
+        kind = " with Sentinel" if isinstance(self._servers, Sentinels) else kind
+        self.capabilities = structs.replace(self.capabilities, server=server + kind)
         try:
             await self._run(PERMIT, [f"{self._base}:?"], [])
         except ReadOnly as error:
             self._denied = str(error)
         except KvError:  # what else keeps it from writing now is told by the commit that it keeps
-            return
-
-    async def _ask(self, *command: str) -> Any:
+            pass
         try:
-            return await self._connections.call(*command)
-        except RedisError as error:
-            raise of_client(error, self._where) from error
-        except UnicodeEncodeError as error:
-            raise BadKey(error.object, "no UTF-8 text: it holds a lone surrogate") from error
+            publish = "SPUBLISH" if self._servers.sharded else "PUBLISH"
+            await self._run(TELL, [f"{self._base}:!"], [publish])
+        except KvError:  # not for this user, or unknown to this server: changes are not told of
+            return
+        self._tells = True
+        self.watch = self._changes
+        self.capabilities = structs.replace(self.capabilities, watch="push")
+
+    @property
+    def _home(self) -> int:
+        """The slot of the set of namespaces."""
+        return slot_of(f"{self._base}:#")
+
+    def _slot(self, name: str) -> int:
+        """The slot of a name, which begins as all of its namespace."""
+        return slot_of(name[: name.index("}") + 1])
+
+    async def _ask(self, slot: int, *words: str) -> Any:
+        return await self._one(Request(slot, words))
 
     async def _run(self, script: Script, keys: list[str], args: list[str | bytes | int]) -> Any:
+        slot = slot_of(keys[0]) if self._servers.sharded else 0
+        return await self._one(Request(slot, (len(keys), *keys, *args), script))
+
+    async def _one(self, request: Request) -> Any:
+        if self._closed:
+            raise closed()
         try:
-            return await self._connections.run(script, keys, args)
-        except RedisError as error:
-            raise of_client(error, self._where) from error
+            [answer] = await self._servers.ask([request])
         except UnicodeEncodeError as error:
             raise BadKey(error.object, "no UTF-8 text: it holds a lone surrogate") from error
+        if isinstance(answer, KvError):
+            raise answer
+        return answer
 
     def _names(self, space: str) -> Names:
         return names_of(self._base, space)
@@ -309,41 +400,60 @@ class RedisDriver:
             op = batch.ops[position]
             return Conflict(op.key, op.expect, found or ABSENT, position)
         text = found.decode("utf-8", "replace")
+        where = self._servers.where
         if position == -1:
-            return of_reply(text, self._where)
-        return CommitUnknown(tuple(op.key for op in batch.ops if not isinstance(op, Check)), f"{self._where}: {text}")
+            return of_reply(text, where)
+        return CommitUnknown(tuple(op.key for op in batch.ops if not isinstance(op, Check)), f"{where}: {text}")
 
 
-def _client(options: RedisOptions) -> Redis:
-    scheme, separator, rest = options.url.partition("://")
-    url = ("redis" if scheme == "valkey" else scheme) + separator + rest
+async def _servers(place: Place) -> tuple[Servers, dict[str, str]]:
+    """Find out what stands at the place; return it with what it says of itself."""
+    if place.sentinel:
+        servers = Sentinels(place.sentinel, place.addresses, place.open_sentinel, place.open, place.limits)
+        return servers, await _told(servers)
+    failed: list[Unavailable] = []
+    for address in place.addresses or [None]:
+        pool = place.open(address) if place.pool is None else place.pool
+        path = pool.connection_kwargs.get("path")
+        single = Servers(Connections(pool, f"redis at {path or address}", place.limits))
+        try:
+            info = await _told(single)
+        except Unavailable as error:  # its neighbours may be there
+            failed.append(error)
+            continue
+        mode = info.get("redis_mode", "standalone")
+        if mode == "standalone" and len(place.addresses) < 2:
+            return single, info
+        await single.close()
+        if mode == "sentinel":
+            raise BadOption("sentinel", f"{single.where} is one: name the master too, ?kv.sentinel=NAME")
+        if mode != "cluster" and info:
+            raise BadOption(
+                "url", f"{single.where} is no part of a cluster: name one server, or sentinels and kv.sentinel"
+            )
+        return Cluster([address, *place.addresses] if address else [], place.open, place.limits), info
+    if len(failed) == 1:
+        raise failed[0]
+    raise Unavailable("; ".join(str(error) for error in failed))
+
+
+async def _told(servers: Servers) -> dict[str, str]:
+    """What a server says of itself, nothing where this user may not ask; closes the servers where that fails."""
     try:
-        parts = urlsplit(url)
-        if "," in parts.netloc:
-            raise Unsupported("a list of servers, as of Redis Cluster or Sentinel,", "name a single server")
-        if scheme != "unix" and not (parts.path.strip("/") or "0").isdigit():
-            raise BadOption("url", "behind the server stands the number of a database, such as redis://host:6379/0")
-        alive = {} if scheme == "unix" else {"socket_keepalive": True}
-        return cast(Any, Redis).from_url(  # whose types are not whole
-            url,
-            protocol=2,
-            max_connections=options.pool_max,
-            retry=Retry(NoBackoff(), 0),  # a second attempt at a write is the store's to decide
-            socket_timeout=None,  # kv.timeout is counted for the whole call
-            socket_connect_timeout=_CONNECT_SECONDS,
-            socket_read_size=1 << 16,
-            **alive,
-        )
-    except ValueError as error:
-        if isinstance(error, KvError):
-            raise
-        raise BadOption("url", str(error)) from error
+        await servers.doubt()
+        [told] = await servers.ask([Request(0, ("INFO", "server"))])
+        if isinstance(told, KvError) and type(told) not in (ReadOnly, KvError):
+            raise told
+    except BaseException:
+        await servers.close()
+        raise
+    text: str = "" if isinstance(told, KvError) else told.decode("utf-8", "replace")
+    return {name: value for name, _, value in (line.partition(":") for line in text.splitlines())}
 
 
-def _place(client: Redis) -> str:
-    """The server's address for people, without user and password."""
-    given = client.connection_pool.connection_kwargs
-    return f"redis at {given.get('path') or '{}:{}'.format(given.get('host', 'localhost'), given.get('port', 6379))}"
+def _unknown(error: KvError) -> KvError:
+    """An error of the commit script itself comes from somewhere in its middle."""
+    return CommitUnknown((), str(error)) if type(error) is KvError else error
 
 
 def _only_namespace(start: str | None, end: str | None) -> str | None:
@@ -366,19 +476,30 @@ def _bounds(space: str, start: str | None, end: str | None) -> tuple[str, str] |
     return low, high
 
 
-def _entries(space: str, page: list[bytes], deref: str | None) -> list[Entry]:
+def _entries(space: str, page: list[bytes], deref: str | None, keys_only: bool) -> list[Entry]:
     """The entries of a page: member, what is stored, and with ``deref`` what is stored at the target."""
     if deref is None:
         items = iter(page)
-        return [unpacked_entry(space + member.decode(), stored) for member, stored in zip(items, items, strict=True)]
+        return [
+            _listed(space + member.decode(), stored, keys_only) for member, stored in zip(items, items, strict=True)
+        ]
     entries: list[Entry] = []
     for at in range(0, len(page), 3):
         member, stored, target = page[at : at + 3]
-        entry = unpacked_entry(space + member.decode(), stored)
-        found = None if target is None else unpacked_entry(deref + entry.value.decode(), target)  # pyright: ignore[reportUnnecessaryComparison]
-        entries.append(Entry(entry.key, entry.value, entry.version, entry.expires_at, found))
+        entry = _listed(space + member.decode(), stored)
+        entries.append(_pointing(entry, deref + entry.value.decode("utf-8", "replace"), target))
     return entries
 
 
-def _closed() -> StoreClosed:
-    return StoreClosed("the store was closed: open it again")
+def _pointing(entry: Entry, key: str, target: bytes | None) -> Entry:
+    """``entry`` with what is stored at ``key``; a damaged one points at nothing."""
+    found = None if target is None or entry.version is _NO_VERSION else _listed(key, target)
+    return Entry(entry.key, entry.value, entry.version, entry.expires_at, found)
+
+
+def _listed(key: str, stored: bytes, keys_only: bool = False) -> Entry:
+    """An entry of a list; a damaged one is told by its value, so that the list can go on."""
+    try:
+        return unpacked_entry(key, stored)
+    except CorruptRecord as error:
+        return Entry(key, b"" if keys_only else _DAMAGED + error.reason.encode(), _NO_VERSION)

@@ -7,12 +7,13 @@ from typing import Final, NamedTuple
 from kvpersist.driver import ABSENT, HEADER_BYTES, Batch, Check, Delete, milliseconds, packed_header
 from kvpersist.errors import BadKey, BadRequest, KvError, Unsupported, ValueTooLarge
 
-__all__ = ["MAX_VALUE_BYTES", "Names", "Plan", "names_of"]
+__all__ = ["MAX_VALUE_BYTES", "Names", "Plan", "names_of", "space_of"]
 
 MAX_VALUE_BYTES: Final = (512 << 20) - HEADER_BYTES  # of a string in Redis, unless configured otherwise
 
 _CHECK, _PUT, _EXPIRING, _DELETE = range(4)
 _IF_ABSENT, _IF_VERSION = 4, 8  # added to the kind
+_SHARDED, _TELLS = 1, 2  # of the whole
 
 
 class Names(NamedTuple):
@@ -29,19 +30,33 @@ def names_of(base: str, space: str) -> Names:
     return Names(f"{base}:{tag}", f"{base}:#{tag}", f"{base}:~{tag}")
 
 
-class Plan:
-    """Collects batches. One that cannot be kept is refused by itself and leaves nothing in the plan."""
+def space_of(key: str) -> str:
+    """Return the namespace of ``key``."""
+    return key[: max(key.find(":"), 0)]
 
-    def __init__(self, base: str) -> None:
-        self.batches = 0
+
+class Plan:
+    """Collects batches. One that cannot be kept is refused by itself and leaves nothing in the plan.
+
+    ``sharded``: what the script may touch are names of its one namespace. ``tells``: of the changes.
+    """
+
+    def __init__(self, base: str, *, sharded: bool, tells: bool) -> None:
+        self.places: list[int] = []  # what `add` was told of each batch that is in
         self._base = base
+        self._sharded = sharded
+        self._flags = _SHARDED * sharded + _TELLS * tells
         self._spaces: dict[str, int] = {}  # numbered from 1
         self._has_puts: list[bool] = []
         self._steps = bytearray()
         self._names: list[str] = []
         self._values: list[str | bytes | int] = []
 
-    def add(self, batch: Batch) -> KvError | None:
+    @property
+    def has_puts(self) -> bool:
+        return any(self._has_puts)
+
+    def add(self, batch: Batch, place: int) -> KvError | None:
         """Take ``batch`` in, unless it is empty; return why not."""
         if not batch.ops:
             return None
@@ -49,7 +64,7 @@ class Plan:
         values: list[str | bytes | int] = []
         steps = bytearray()
         first = batch.ops[0].key
-        space = first[: max(first.find(":"), 0)]
+        space = space_of(first)
         prefix, cut = f"{self._base}:{{.{space}}}", len(space)
         header = b""
         try:
@@ -93,13 +108,15 @@ class Plan:
         self._steps += number.to_bytes(2, "big") + len(names).to_bytes(3, "big") + steps
         self._names += names
         self._values += values
-        self.batches += 1
+        self.places.append(place)
         return None
 
-    def command(self) -> tuple[list[str], list[str | bytes | int]]:
-        """Return KEYS and ARGV of the script."""
-        keys = [f"{self._base}:#"]
+    def words(self) -> tuple[str | bytes | int, ...]:
+        """Return the number of KEYS of the script, these, and ARGV."""
+        keys: list[str] = [] if self._sharded else [f"{self._base}:#"]
         for space in self._spaces:
-            keys += names_of(self._base, space)[1:]
-        plan = len(self._spaces).to_bytes(2, "big") + bytes(self._has_puts) + bytes(self._steps)
-        return keys + self._names, [plan, *self._spaces, *self._values]
+            names = names_of(self._base, space)
+            keys += names[1:] if keys else (names.lex, *names[1:])
+        head = bytes((self._flags,)) + len(self._spaces).to_bytes(2, "big") + bytes(self._has_puts)
+        names = self._names
+        return (len(keys) + len(names), *keys, *names, head + bytes(self._steps), *self._spaces, *self._values)

@@ -1,17 +1,21 @@
 --- commit
 -- One drain of batches, answered by those that failed, three items each: its number from 1; the
--- position of a condition and the version found there, or -1 (-2: part of it was written) and the server's error. A batch happens whole or not at all: its
--- conditions are read before its first write, and what can refuse a write (memory, a read-only replica,
--- an index that is none) refuses the first one, which for every namespace with puts is SADD.
+-- position of a condition and the version found there, or -1 (-2: part of it was written) and the
+-- server's error. A batch happens whole or not at all: its conditions are read before its first write,
+-- and what can refuse a write (memory, a user's rights, an index that is none) refuses the first one,
+-- which for every namespace with puts is SADD, or ZADD of nothing. A replica refuses all of it.
 --
 -- KEYS: the set of namespaces; index and expiries of each namespace; one name for each operation
 -- ARGV: the plan; each namespace's text; then for each put its value, behind its expiry if it has one
--- The plan, in bytes: namespaces (2), for each whether it has puts (1); then for every batch its
+-- The plan, in bytes: 1 if the set of namespaces is another server's, and KEYS[1] is any name, + 2 if
+-- changes are published (1); namespaces (2), for each whether it has puts (1); then for every batch its
 -- namespace (2), operations (3), and for each operation kind + 4 * condition (1), the version expected (8)
 -- where the condition is 2. Kinds: 0 check, 1 put, 2 expiring put, 3 delete. Conditions: 0 none, 1 absent, 2 version.
 local byte, sub, call, pcall = string.byte, string.sub, redis.call, redis.pcall
-local plan, at = ARGV[1], 3
-local spaces = byte(plan, 1) * 256 + byte(plan, 2)
+local plan, at = ARGV[1], 4
+local flags = byte(plan, 1)
+local sharded, tells = flags % 2 == 1, flags > 1
+local spaces = byte(plan, 2) * 256 + byte(plan, 3)
 local key, arg = 1 + 2 * spaces, 1 + spaces
 local unusable, full, members, expiring = {}, {}, {}, {}
 for s = 1, spaces do
@@ -19,8 +23,16 @@ for s = 1, spaces do
   if type(size) == 'table' then
     unusable[s] = size.err
   elseif byte(plan, at) == 1 then
-    local added = pcall('SADD', KEYS[1], ARGV[1 + s])
-    if type(added) == 'table' then full[s] = added.err end
+    local added
+    if sharded then
+      added = pcall('ZADD', KEYS[2 * s], 'XX', 0, '')
+    else
+      added = pcall('SADD', KEYS[1], ARGV[1 + s])
+    end
+    if type(added) == 'table' then
+      if string.find(added.err, 'READONLY', 1, true) then return {err = 'READONLY it is a replica'} end
+      full[s] = added.err
+    end
   end
   members[s] = {}
   at = at + 1
@@ -78,6 +90,7 @@ while at <= #plan do
           done = pcall('DEL', name)
         end
         if type(done) == 'table' and done.err then
+          if string.find(done.err, 'READONLY', 1, true) then return {err = 'READONLY it is a replica'} end
           position, found = wrote and -2 or -1, done.err
           break
         end
@@ -130,8 +143,12 @@ for s = 1, spaces do
       if left < 0 then call('ZREM', expiries, member) end
     end
   end
-  if #added == 0 and not unusable[s] and call('EXISTS', index) == 0 then
+  if not sharded and #added == 0 and not unusable[s] and call('EXISTS', index) == 0 then
     pcall('SREM', KEYS[1], ARGV[1 + s])
+  end
+  if tells and #added + #gone > 0 then -- what is too long for a message is told as the empty one
+    local changed = #added + #gone > 4000 and '' or cmsgpack.pack({added, gone})
+    pcall(sharded and 'SPUBLISH' or 'PUBLISH', (string.gsub(index, '#{', '!{', 1)), changed)
   end
 end
 return failed
@@ -202,6 +219,10 @@ for _, member in ipairs(due) do
   end
 end
 return {removed, looked}
+
+--- tell
+-- Publish nothing, as a commit publishes changes. KEYS: a channel. ARGV: PUBLISH or SPUBLISH
+return redis.call(ARGV[1], KEYS[1], cmsgpack.pack({}))
 
 --- permit
 -- Every command that a drain may need, with no effect, so that a user who lacks one is refused as a whole.

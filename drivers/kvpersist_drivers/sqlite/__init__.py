@@ -20,7 +20,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Annotated, ClassVar, Final, Literal, Self
@@ -35,6 +35,7 @@ from kvpersist_drivers.sqlite._errors import translated
 from kvpersist_drivers.sqlite._lane import CLOSED, Lane, serve_calls
 from kvpersist_drivers.sqlite._reader import Reader
 from kvpersist_drivers.sqlite._statements import Statements
+from kvpersist_drivers.sqlite._watch import Watching
 from kvpersist_drivers.sqlite._writer import MAX_VALUE_BYTES, Writer
 
 __all__ = ["SqliteDriver", "SqliteOptions"]
@@ -70,6 +71,9 @@ class SqliteDriver:
     api: ClassVar[int] = 1
     Options: ClassVar[type[Struct]] = SqliteOptions
 
+    watch: Callable[[str], AsyncGenerator[tuple[str, ...]]]
+    """As `Watches.watch`, never with names; not of ``:memory:``, where there is nobody else to tell of."""
+
     def __init__(self, options: SqliteOptions) -> None:
         """Starts the threads; `open` is what a user calls."""
         sql = Statements(options.table)
@@ -85,6 +89,7 @@ class SqliteDriver:
             reverse=True,
             deref=True,
             coalesce="both" if self._inline is None else "writes",
+            watch=None if database.in_memory else "poll",
             durable=options.durability == "full" and not database.in_memory,
             shared=not database.in_memory,
             cancel_settles=True,
@@ -95,11 +100,16 @@ class SqliteDriver:
         self._reader, self._writer = Reader(database, sql), Writer(database, sql, time.time)
         self._writes = Lane("kvpersist-sqlite-writer", self._writer.serve, self._writer.tend)
         self._reads = self._writes if one_thread else Lane("kvpersist-sqlite-reader", serve_calls)
+        self._watching = Watching(database)
+        if not database.in_memory:
+            self.watch = self._watching.watch
         self._closing = threading.Event()
         self._backups: list[threading.Thread] = []
         self._closed = asyncio.get_running_loop().create_future()
         # also of a driver that was dropped unclosed; at the end of the program the threads just end
-        self._end = weakref.finalize(self, _end, self._writes, self._reads, self._backups, database, self._closed)
+        self._end = weakref.finalize(
+            self, _end, self._writes, self._reads, self._watching, self._backups, database, self._closed
+        )
         self._end.atexit = False
 
     @property
@@ -212,14 +222,19 @@ class SqliteDriver:
 
 
 def _end(
-    writes: Lane, reads: Lane, backups: list[threading.Thread], database: Database, closed: asyncio.Future[None]
+    writes: Lane,
+    reads: Lane,
+    watching: Watching,
+    backups: list[threading.Thread],
+    database: Database,
+    closed: asyncio.Future[None],
 ) -> None:
     """Let the threads finish what they have; the writer's closes all connections when the others have ended."""
     loop = closed.get_loop()
 
     def last() -> None:
         try:
-            for thread in (reads.thread, *backups):
+            for thread in (reads.thread, *watching.threads(), *backups):
                 if thread is not writes.thread:
                     thread.join()
             database.close()
@@ -227,6 +242,7 @@ def _end(
             with suppress(RuntimeError):  # the loop was closed: nobody waits
                 loop.call_soon_threadsafe(_resolve, closed)
 
+    watching.end()
     if reads is not writes:
         reads.stop(_nothing)
     writes.stop(last)

@@ -103,6 +103,11 @@ class Database:
             connection.execute("PRAGMA query_only = ON")
         return connection
 
+    def disconnect(self, connection: sqlite3.Connection) -> None:
+        """Close a connection before the others."""
+        with suppress(sqlite3.Error):
+            self._close_one(connection)
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the lock that old libraries need round writes, checkpoints and closes."""

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from kvpersist.agents.persistence import open as open
     from kvpersist.agents.records import Message, Session, TimelineItem, ToolCall, ToolCallPart
     from kvpersist.changes import Change, Watch
-    from kvpersist.errors import CommitUnknown, Conflict, EventsExpired, KvError, Unavailable
+    from kvpersist.errors import CommitUnknown, Conflict, EventsExpired, KvError, LeaseLost, Locked, Unavailable
     from kvpersist.events import EventEntry, EventQueue, NewEvent
     from kvpersist.index import Index, at_least, at_most, between
+    from kvpersist.lease import Holder, Lease, Lock
     from kvpersist.log import Log
     from kvpersist.repository import Page, Repository
     from kvpersist.store import Info, Store, Versioned, open_store
@@ -29,9 +30,14 @@ __all__ = [
     "EventEntry",
     "EventQueue",
     "EventsExpired",
+    "Holder",
     "Index",
     "Info",
     "KvError",
+    "Lease",
+    "LeaseLost",
+    "Lock",
+    "Locked",
     "Log",
     "Message",
     "NewEvent",
@@ -60,9 +66,18 @@ _HOMES: Final = {
     "kvpersist.agents.persistence": ("Persistence", "open"),
     "kvpersist.agents.records": ("Message", "Session", "TimelineItem", "ToolCall", "ToolCallPart"),
     "kvpersist.changes": ("Change", "Watch"),
-    "kvpersist.errors": ("CommitUnknown", "Conflict", "EventsExpired", "KvError", "Unavailable"),
+    "kvpersist.errors": (
+        "CommitUnknown",
+        "Conflict",
+        "EventsExpired",
+        "KvError",
+        "LeaseLost",
+        "Locked",
+        "Unavailable",
+    ),
     "kvpersist.events": ("EventEntry", "EventQueue", "NewEvent"),
     "kvpersist.index": ("Index", "at_least", "at_most", "between"),
+    "kvpersist.lease": ("Holder", "Lease", "Lock"),
     "kvpersist.log": ("Log",),
     "kvpersist.repository": ("Page", "Repository"),
     "kvpersist.store": ("Info", "Store", "Versioned", "open_store"),

@@ -9,6 +9,8 @@
     |-- CommitUnknown                            the write may or may not have happened
     |-- Conflict                                 the stored version is not the expected one
     |   `-- UniqueConflict                       another record holds the unique value
+    |-- Locked                                 somebody else holds the lock
+    |-- LeaseLost                              somebody else took the lock; nothing changed
     |-- PartlyDone                               some of many independent writes failed
     |-- ValueReplaced                            a large value was replaced while it was read
     |-- LargeValue                               a large value is read piece by piece, not whole
@@ -53,6 +55,8 @@ __all__ = [
     "KeyTooLong",
     "KvError",
     "LargeValue",
+    "LeaseLost",
+    "Locked",
     "MalformedRecord",
     "MissingExtra",
     "NoIndex",
@@ -187,6 +191,42 @@ class UniqueConflict(Conflict):
 
     def __str__(self) -> str:
         return f"unique index {self.index!r}: {self.value!r} belongs to record {self.holder!r}; choose another value"
+
+
+class Locked(KvError):
+    """Somebody else, ``owner``, holds the lock, and the time to wait for it is over.
+
+    ``expires_at``, in seconds since 1970, is when it ends unless they renew it.
+    """
+
+    code = "KV310"
+    retryable = True
+
+    def __init__(self, name: str, owner: str, expires_at: float) -> None:
+        super().__init__(name, owner, expires_at)
+        self.name, self.owner, self.expires_at = name, owner, expires_at
+
+    def __str__(self) -> str:
+        return f"{self.owner} holds the lock {self.name!r}: try again later, or wait longer with wait="
+
+
+class LeaseLost(KvError):
+    """The lease is over: somebody else took the lock, or it was released. What was to be written under it was not.
+
+    No Conflict: to read again and write again is what must not be done.
+    """
+
+    code = "KV311"
+
+    def __init__(self, name: str, token: int) -> None:
+        super().__init__(name, token)
+        self.name, self.token = name, token
+
+    def __str__(self) -> str:
+        return (
+            f"the lock {self.name!r} was taken over or released, token {self.token} is over: "
+            "acquire it again and begin with reading"
+        )
 
 
 class PartlyDone(KvError):

@@ -23,6 +23,7 @@ __all__ = [
     "ID_LIMIT",
     "INDEX_LIMIT",
     "KEY_LIMIT",
+    "LOCKS",
     "NAMESPACE_LIMIT",
     "MetaKind",
     "Part",
@@ -54,6 +55,7 @@ KEY_LIMIT: Final = 512  # UTF-8 bytes of a whole key
 ID_LIMIT: Final = 160  # UTF-8 bytes of a record's encoded, joined key parts
 INDEX_LIMIT: Final = 160  # UTF-8 bytes of one encoded index value; longer text is cut and hashed
 NAMESPACE_LIMIT: Final = 64  # UTF-8 bytes of an encoded namespace
+LOCKS: Final = "#lock"  # what stands for the collection in the keys of locks; no collection has such a name
 _CUT: Final = 120  # UTF-8 bytes kept of text over INDEX_LIMIT
 _HASHED: Final = "%~"  # no escaped text contains it, so cut text never meets whole text
 _INT_DIGITS: Final = 64  # hex digits; the length character of more would fall below '%'

@@ -39,7 +39,9 @@ from kvpersist.errors import (
     UniqueConflict,
     Unsupported,
 )
+from kvpersist.keys import LOCKS
 from kvpersist.large import MARK, LargeReader, LargeValues, LargeWriter, area, area_of
+from kvpersist.lease import Lock
 from kvpersist.transaction import Transaction, backoff
 
 __all__ = ["Info", "Opening", "Store", "Versioned", "open_store"]
@@ -334,7 +336,7 @@ class Store(BytesLevel):
         """Yield ``(key, value)`` below ``prefix`` in key order, ``page`` entries a round trip.
 
         What repositories own is left out, unless ``prefix`` names their namespace; their index entries
-        always are.
+        and the keys of locks always are.
 
         Args:
             start: first key, inclusive; ``end``: exclusive. Either may be None.
@@ -346,6 +348,8 @@ class Store(BytesLevel):
 
         def skips(key: str) -> str | None:
             space, _, rest = key.partition(":")
+            if rest.startswith(LOCKS):
+                return f"{space}:{LOCKS}"
             if space not in self._owned or not rest:
                 return None
             inside = prefix.startswith(f"{space}:")
@@ -371,11 +375,13 @@ class Store(BytesLevel):
 
         ``max_depth=1`` leaves out keys with a further ``:`` behind the prefix, 2 those with two, and
         so on; what lies deeper is skipped over, not read. What repositories own is left out, unless
-        ``prefix`` names their namespace, or ``raw``.
+        ``prefix`` names their namespace, or ``raw``, and so are the keys of locks, unless ``raw``.
         """
 
         def skips(key: str) -> str | None:
-            space, colon, _ = key.partition(":")
+            space, colon, rest = key.partition(":")
+            if not raw and rest.startswith(LOCKS):
+                return f"{space}:{LOCKS}"
             if colon and not raw and space in self._owned and not prefix.startswith(f"{space}:"):
                 return f"{space}:"
             if max_depth is not None:
@@ -454,6 +460,30 @@ class Store(BytesLevel):
                     raise
                 await backoff(attempt)
         raise BadRequest("attempts must be at least 1")
+
+    def lock(
+        self,
+        name: str,
+        *,
+        ttl: float = 30.0,
+        wait: float | None = None,
+        namespace: str = "kv",
+        owner: str | None = None,
+        renew: bool = True,
+    ) -> Lock:
+        """Return a lock to ``async with``; what is inside has a `Lease`, also to write under.
+
+        Args:
+            ttl: seconds until others may have it when its holder is not heard of any more.
+            wait: seconds to wait for it, then Locked is raised; 0 tries once, None waits for ever.
+            namespace: of what the lock guards.
+            owner: what others are told of who holds it; None: host and process.
+            renew: renew the lease every third of ``ttl`` until it is released.
+
+        Raises:
+            BadOption, BadKey, KeyTooLong. Unsupported: a backend without conditional writes.
+        """
+        return Lock(self, name, ttl=ttl, wait=wait, namespace=namespace, owner=owner, renew=renew)
 
     # ---- private
 

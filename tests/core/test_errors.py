@@ -71,7 +71,15 @@ def test_only_an_unknown_outcome_is_not_none() -> None:
 def test_what_changed_nothing_and_may_pass_is_retryable() -> None:
     retryable = {class_.__name__ for class_ in _CLASSES if class_.retryable}
 
-    assert retryable == {"Unavailable", "DeadlineExceeded", "Busy", "PoolExhausted", "TooManyClients", "ValueReplaced"}
+    assert retryable == {
+        "Unavailable",
+        "DeadlineExceeded",
+        "Busy",
+        "PoolExhausted",
+        "TooManyClients",
+        "ValueReplaced",
+        "Locked",
+    }
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ import kvpersist
 from kvpersist import (
     EventEntry,
     EventQueue,
+    Lease,
+    Lock,
     Log,
     Message,
     NewEvent,
@@ -58,6 +60,8 @@ def shown(cells: str) -> dict[str, list[str]]:
         ("store.md", "", Store),
         ("repository.md", "", Repository),
         ("log.md", "", Log),
+        ("locks.md", "Lock", Lock),
+        ("locks.md", "Lease", Lease),
         ("agents.md", "db", Persistence),
         ("agents.md", "db.sessions", Sessions),
         ("agents.md", "db.messages", Messages),

@@ -1,0 +1,65 @@
+"""Takes locks again and again, and counts under each without looking whether others did: lease_worker.py URL PLAN.
+
+PLAN is JSON: ``share``: how often; ``tasks``, ``locks``, ``ttl``; ``stops``: the part of all turns in which the
+process stops itself between reading and writing; ``seed``; ``fence``: false leaves the fence out, a planted
+mistake. At the end it prints what was acknowledged, as JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import select
+import signal
+import sys
+import time
+from typing import Any
+
+from kvpersist import Lease, LeaseLost, open_store
+
+
+async def main(url: str, plan: dict[str, Any]) -> None:
+    chance = random.Random(plan["seed"])
+    acknowledged: list[tuple[int, int, int]] = []  # lock, count, token
+    left = plan["share"]
+    refused = 0
+    if not plan["fence"]:
+        Lease._guard = lambda self: ()  # type: ignore[method-assign]
+
+    async def count() -> None:
+        nonlocal left, refused
+        while left > 0:
+            left -= 1
+            lock = chance.randrange(plan["locks"])
+            lease = await store.lock(f"job{lock}", ttl=plan["ttl"], namespace="app").acquire()
+            key = f"app:count{lock}"
+            number = await store.get(key, 0) + 1
+            if chance.random() < 0.3:
+                await asyncio.sleep(chance.uniform(0, plan["ttl"] / 4))
+            if chance.random() < plan["stops"]:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            try:
+                if chance.random() < 0.5:
+                    await lease.put(key, number)
+                else:
+                    async with lease.atomic() as tx:
+                        tx.put(key, number)
+            except LeaseLost:
+                refused += 1
+            else:
+                acknowledged.append((lock, number, lease.token))
+            await lease.release()
+
+    async with open_store(url) as store:
+        print("ready", flush=True)
+        sys.stdin.readline()
+        await asyncio.gather(*(count() for _ in range(plan["tasks"])))
+    print(json.dumps({"acknowledged": acknowledged, "refused": refused}), flush=True)
+
+
+if "FAKETIME_TIMESTAMP_FILE" in os.environ:  # libfaketime moves the end of a sleep when it moves the clock
+    time.sleep = lambda seconds: select.select([], [], [], seconds)
+    sys.setswitchinterval(0.0002)  # under it a thread that waits for the interpreter waits for the whole interval
+asyncio.run(main(sys.argv[1], json.loads(sys.argv[2])))

@@ -61,14 +61,15 @@ FIELDS = ("c:a", "c:b", "c:c", "c:d")
 
 
 class Place:
-    """A collection of its own, dropped afterwards."""
+    """A database of its own, dropped afterwards."""
 
     def __init__(self, url: str) -> None:
-        self.url = url
-        self.collection = "t" + os.urandom(6).hex()
+        self.server = url.rpartition("/")[0]
+        self.database = "t" + os.urandom(6).hex()
+        self.url = f"{self.server}/{self.database}"
 
     def options(self, **more: Any) -> MongoOptions:
-        return MongoOptions(**{"url": self.url, "collection": self.collection, **more})
+        return MongoOptions(**{"url": self.url, "database": self.database, **more})
 
     @asynccontextmanager
     async def opened(self, **more: Any) -> AsyncIterator[MongoDriver]:
@@ -79,18 +80,16 @@ class Place:
             await driver.close()
 
     def found(self, key: Any) -> dict[str, Any] | None:
-        with MongoClient(self.url) as client:
-            return client["kvpersist"][self.collection].find_one({"_id": key})
+        with MongoClient(self.server) as client:
+            return client[self.database]["storage"].find_one({"_id": key})
 
-    def insert(self, document: dict[str, Any], collection: str = "") -> None:
-        with MongoClient(self.url) as client:
-            client["kvpersist"][self.collection + collection].insert_one(document)
+    def insert(self, document: dict[str, Any], collection: str = "storage") -> None:
+        with MongoClient(self.server) as client:
+            client[self.database][collection].insert_one(document)
 
     def drop(self) -> None:
-        with MongoClient(self.url) as client:
-            for name in client["kvpersist"].list_collection_names():
-                if name.startswith(self.collection):
-                    client["kvpersist"].drop_collection(name)
+        with MongoClient(self.server) as client:
+            client.drop_database(self.database)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -213,7 +212,7 @@ class Heard(CommandListener):
 async def heard(place: Place) -> AsyncIterator[tuple[MongoDriver, Heard]]:
     listener = Heard()
     async with AsyncMongoClient(place.url, event_listeners=[listener]) as client:
-        driver = await MongoDriver.over(client, collection=place.collection)
+        driver = await MongoDriver.over(client, database=place.database)
         yield driver, listener
         await driver.close()
 
@@ -521,17 +520,15 @@ async def test_other_documents_of_the_collection_are_left_alone_or_named(place: 
 
 
 async def test_two_collections_and_two_databases_are_apart(place: Place) -> None:
-    other = place.url.replace("/kvpersist", f"/{place.collection}")
-    async with place.opened() as one, place.opened(collection=place.collection + "_") as two:
-        three = await MongoDriver.open(place.options(url=other, database=place.collection))
+    other = Place(place.url)
+    async with place.opened() as one, place.opened(collection="another") as two, other.opened() as three:
         for number, driver in enumerate((one, two, three)):
             await driver.commit([batch(Put(f"c:{number}", b"v"))])
 
         found = [[entry.key for entry in await driver.scan(None, None, limit=9)] for driver in (one, two, three)]
 
-        assert found == [["c:0"], ["c:1"], ["c:2"]]
-        await three._client.drop_database(place.collection)
-        await three.close()
+    assert found == [["c:0"], ["c:1"], ["c:2"]]
+    other.drop()
 
 
 async def test_the_server_removes_what_expired_only_where_it_can(mocked: MongoDriver, driver: MongoDriver) -> None:
@@ -668,9 +665,9 @@ async def test_a_mapping_and_a_ready_client_lead_to_the_server(place: Place) -> 
         [(host, port)] = client.nodes or [client.address]
     ready = AsyncMongoClient(place.url, tz_aware=True)
     for where in (
-        {"type": "mongodb", "host": host, "port": port, "collection": place.collection},
-        {"type": "mongodb", "client": ready, "collection": place.collection},
-        {"url": place.url, "collection": place.collection, "pool_max": 2},
+        {"type": "mongodb", "host": host, "port": port, "database": place.database},
+        {"type": "mongodb", "client": ready, "database": place.database},
+        {"url": place.url, "pool_max": 2},
     ):
         async with kvpersist.open_store(where) as store:
             await store.put("greeting", "hello", ttl=60)
@@ -773,7 +770,7 @@ async def test_two_hundred_cancelled_calls_mix_up_no_answers(place: Place) -> No
 
 async def test_a_closed_driver_leaves_a_ready_client_open(place: Place) -> None:
     async with AsyncMongoClient(place.url) as client:
-        driver = await MongoDriver.over(client, collection=place.collection)
+        driver = await MongoDriver.over(client, database=place.database)
 
         await driver.close()
 
@@ -898,7 +895,7 @@ class TestFaults:
 
 async def test_ferretdb_itself_tells_several_that_they_replaced_one_version(place: Place) -> None:
     async with AsyncMongoClient(place.url) as client:
-        collection = client["kvpersist"][place.collection]
+        collection = client[place.database]["raw"]
         won = 0
         for number in range(12):
             await collection.insert_one({"_id": number, "r": b"0"})
@@ -912,7 +909,7 @@ async def test_a_turn_whose_holder_died_ends(
     place: Place, driver: MongoDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_turns, "_LEASE", 0.3)
-    place.insert({"_id": "dead", "turn": 1}, "_turn")
+    place.insert({"_id": "dead", "turn": 1}, "kvpersist_turn")
 
     [outcome] = await driver.commit([batch(Put("c:a", b"1"))])
 
@@ -923,13 +920,39 @@ async def test_a_turn_that_is_taken_is_waited_for_and_no_longer_than_is_patient(
     place: Place, driver: MongoDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_turns, "_PATIENCE", 0.2)
-    place.insert({"_id": "alive", "turn": 1}, "_turn")
+    place.insert({"_id": "alive", "turn": 1}, "kvpersist_turn")
 
     with pytest.raises(Busy):
         await driver.commit([batch(Put("c:a", b"1"))])
 
     assert await driver.get(["c:a"]) == [None]
     assert await driver.commit([]) == []
+
+
+async def test_a_drain_larger_than_the_server_can_take_is_cut(heard: tuple[MongoDriver, Heard]) -> None:
+    driver, listener = heard
+    keys = [f"c:{number:03}" for number in range(150)]
+    await driver.commit([batch(Put(key, b"1", ABSENT)) for key in keys])
+    listener.commands.clear()
+
+    outcomes = await driver.commit([batch(Put(key, b"2")) for key in keys])
+
+    assert all(isinstance(outcome, Committed) for outcome in outcomes)
+    assert listener.commands == ["update"] * 3
+    assert [entry and entry.value for entry in await driver.get(keys)] == [b"2"] * 150
+
+
+async def test_a_cut_drain_that_stops_is_unknown(mocked: MongoDriver, mock: MockClient) -> None:
+    mocked._entries.at_once = 2
+
+    def stop() -> None:
+        mock.fail["update"] = OperationFailure("not yours", 13)
+
+    mock.after["update"] = stop
+    outcomes = await mocked.commit([batch(Put(key, b"1")) for key in FIELDS])
+
+    assert [type(outcome) for outcome in outcomes] == [CommitUnknown] * 4
+    assert [entry and entry.value for entry in await mocked.get(FIELDS)] == [b"1", b"1", None, None]
 
 
 async def test_a_holder_that_takes_long_is_not_taken_for_dead(
@@ -991,7 +1014,7 @@ async def test_a_cancelled_commit_gives_its_turn_back(place: Place, driver: Mong
 
 
 async def test_turns_tool_calls_and_unique_values_are_kept_and_found(place: Place) -> None:
-    url = f"{place.url}?kv.collection={place.collection}"
+    url = place.url
     async with kvpersist.open(url) as db:
         session = await db.sessions.create(user_id="ada", title="Late parcel")
         ask = Message("assistant", tool_calls=[ToolCallPart("c1", "track", {"parcel": 7})])
@@ -1029,7 +1052,7 @@ asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))
 
 
 async def test_two_processes_append_to_one_session_without_gap_or_loss(place: Place) -> None:
-    url, count = f"{place.url}?kv.collection={place.collection}&kv.timeout=60", 15
+    url, count = f"{place.url}?kv.timeout=60", 15
     async with kvpersist.open(url) as db:
         await db.sessions.create(id="s")
         writers = [

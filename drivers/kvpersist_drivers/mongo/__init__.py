@@ -40,6 +40,7 @@ with needs_extra("mongo", module="pymongo"):
 __all__ = ["MongoDriver", "MongoOptions"]
 
 _CLOSE_SECONDS: Final = 2.0  # that calls under way have when the driver is closed
+_FERRETDB_AT_ONCE: Final = 64  # each holds one of its 100 SQLite connections; it stops for ever when all are held
 _GRACE: Final = 1.0  # seconds that a call has to end whose caller was cancelled
 _TLS: Final[dict[str, dict[str, Any]]] = {
     "false": {"tls": False},
@@ -105,7 +106,6 @@ class MongoDriver:
         self._client = client
         self._owns_client = False
         self._errors = Translator(client)
-        self._collection = collection
         self._database = client.get_database(database)
         self._entries = Entries(self._database, collection, self._errors)
         self._turns: Turns | None = None  # where the server does not keep conditional writes
@@ -204,9 +204,10 @@ class MongoDriver:
         server = f"MongoDB {told.get('version', '')}".strip()
         if "ferretdbVersion" in told:  # 1.x; later ones say it otherwise
             server = f"FerretDB {told['ferretdbVersion']} for {server}"
-            self._turns = Turns(self._database.get_collection(f"{self._collection}_turn"), self._errors)
+            self._turns = Turns(self._database.get_collection("kvpersist_turn"), self._errors)
             await self._turns.prepare()
             self._entries.finds_one_only = True
+            self._entries.at_once = _FERRETDB_AT_ONCE
         native = await self._entries.expire_by_index()
         self.capabilities = structs.replace(self.capabilities, server=server, ttl="native" if native else "swept")
 

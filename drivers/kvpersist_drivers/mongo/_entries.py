@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final, cast
@@ -62,6 +63,7 @@ class Entries:
     def __init__(self, database: Any, name: str, errors: Translator) -> None:
         self.errors = errors
         self.finds_one_only = False  # the server reads every document, unless it is asked for one by its ``_id``
+        self.at_once = sys.maxsize  # replacements that one command may have
         writes: WriteConcern = database.client.write_concern
         if writes.is_server_default:
             writes = WriteConcern("majority")
@@ -132,6 +134,23 @@ class Entries:
 
         ``ordered`` ends at the first failure, and not at a document that is not found.
         """
+        made, failed = 0, dict[int, KvError | None]()
+        for at in range(0, len(requests), self.at_once):
+            try:
+                more, wrong = await self._replace(requests[at : at + self.at_once], ordered)
+            except KvError as error:
+                if at and error.outcome == "none":
+                    raise CommitUnknown((), f"some of it was written: {error}") from error
+                raise
+            made += more
+            failed |= {at + position: error for position, error in wrong.items()}
+            if ordered and wrong:
+                break
+        return made, failed
+
+    async def _replace(
+        self, requests: Sequence[ReplaceOne[dict[str, Any]]], ordered: bool
+    ) -> tuple[int, dict[int, KvError | None]]:
         with self.errors.writing():
             try:
                 told: dict[str, Any] = (await self._collection.bulk_write(requests, ordered=ordered)).bulk_api_result

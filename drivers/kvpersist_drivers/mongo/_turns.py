@@ -2,8 +2,9 @@
 
 FerretDB 1.x looks for the document that the filter of an update or a delete names, and then writes by
 ``_id`` alone: of sixteen who replace one version at once, several are told that they did. What it does
-keep is uniqueness. So there every commit takes a turn: it inserts the one document that a collection
-beside the entries may have, and deletes it by an ``_id`` that nobody else has.
+keep is uniqueness. So there every commit takes a turn: it inserts the one document that a collection of
+the database may have, and deletes it by an ``_id`` that nobody else has. It is one for all stores of a
+database, as each writer also holds many of the 100 SQLite connections that FerretDB has for it.
 
 A holder says every `_BEAT` seconds that it is alive, and gives up what it does when it could not say so
 for `_SILENT`. A turn that another process has seen unchanged for `_LEASE` is ended by it. No clock is

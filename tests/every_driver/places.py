@@ -24,12 +24,14 @@ class Place(msgspec.Struct, frozen=True):
         make: an empty place, as `kvpersist.open_store` takes it.
         service: what has to run, None where nothing has to.
         keys: how many keys a listing is tried with.
+        conversations: how many of the 200 real ones, unless KVPERSIST_FAULT_STRIDE=1 asks for all.
     """
 
     name: str
     make: Callable[[dict[str, str], Path], Where]
     service: str | None = None
     keys: int = 100_000
+    conversations: int = 200
 
 
 def _name() -> str:
@@ -73,7 +75,9 @@ _ALL: Final = (
         },
         "redis-sentinel",
     ),
-    Place("mongo", lambda told, _: {"url": told["KVPERSIST_TEST_MONGO_URL"], "collection": _name()}, "mongo"),
+    Place(
+        "mongo", lambda told, _: {"url": told["KVPERSIST_TEST_MONGO_URL"], "collection": _name()}, "mongo", 20_000, 10
+    ),
     Place("postgres", lambda told, _: {"url": told["KVPERSIST_TEST_POSTGRES_URL"], "table": _name()}, "postgres"),
     Place("mysql", lambda told, _: {"url": told["KVPERSIST_TEST_MYSQL_URL"], "table": _name()}, "mariadb"),
     Place("s3", _s3, "s3", keys=20_000),

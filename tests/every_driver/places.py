@@ -23,8 +23,8 @@ class Place(msgspec.Struct, frozen=True):
         name: of the parameter of a test.
         make: an empty place, as `kvpersist.open_store` takes it.
         service: what has to run, None where nothing has to.
-        keys: how many keys a listing is tried with.
-        conversations: how many of the 200 real ones, unless KVPERSIST_FAULT_STRIDE=1 asks for all.
+        keys: how many keys a listing is tried with; KVPERSIST_FAULT_STRIDE=1 asks for all, on emulators too.
+        conversations: how many of the 200 real ones.
     """
 
     name: str
@@ -55,6 +55,10 @@ def _azure(told: dict[str, str], _: Path) -> Where:
     return {"url": f"{told['KVPERSIST_TEST_AZURE_URL']}/{_name()}", "connection_string": connection}
 
 
+_EVERYTHING: Final = os.environ.get("KVPERSIST_FAULT_STRIDE") == "1"
+_SLOW: Final[dict[str, int]] = (
+    {"keys": 20_000} if _EVERYTHING else {"keys": 1_000, "conversations": 10}
+)  # of an emulator, unless all is asked for
 _ALL: Final = (
     Place("memory", lambda _, folder: {"type": "memory"}),
     Place("sqlite", lambda _, folder: {"type": "sqlite", "path": str(folder / "store.db")}),
@@ -75,14 +79,12 @@ _ALL: Final = (
         },
         "redis-sentinel",
     ),
-    Place(
-        "mongo", lambda told, _: {"url": told["KVPERSIST_TEST_MONGO_URL"], "collection": _name()}, "mongo", 20_000, 10
-    ),
+    Place("mongo", lambda told, _: {"url": told["KVPERSIST_TEST_MONGO_URL"], "collection": _name()}, "mongo", **_SLOW),
     Place("postgres", lambda told, _: {"url": told["KVPERSIST_TEST_POSTGRES_URL"], "table": _name()}, "postgres"),
     Place("mysql", lambda told, _: {"url": told["KVPERSIST_TEST_MYSQL_URL"], "table": _name()}, "mariadb"),
-    Place("s3", _s3, "s3", keys=20_000),
-    Place("gcs", _gcs, "gcs", keys=20_000),
-    Place("azure", _azure, "azure", keys=20_000),
+    Place("s3", _s3, "s3", **_SLOW),
+    Place("gcs", _gcs, "gcs", **_SLOW),
+    Place("azure", _azure, "azure", **_SLOW),
 )
 
 _ONLY: Final = os.environ.get("KVPERSIST_TEST_DRIVERS", "")  # names, for those who work on one driver

@@ -934,3 +934,15 @@ async def test_only_streams_need_aiofiles(tmp_path: Path, monkeypatch: pytest.Mo
         assert await store.get("a") == 1
         assert [key async for key in store.keys("")] == ["a"]
     assert _staged(tmp_path / "kv") == []
+
+
+async def test_a_store_whose_folder_is_removed_under_it_says_so(tmp_path: Path) -> None:
+    driver = await FilesystemDriver.open(FilesystemOptions(path=str(tmp_path / "store")))
+    try:
+        await driver.commit([batch(Put("c:a", b"1"))])
+        shutil.rmtree(tmp_path / "store")
+
+        with pytest.raises(Unavailable, match="removed"):
+            await driver.get(["d:a"])
+    finally:
+        await driver.close()

@@ -539,7 +539,9 @@ async def test_sixteen_who_open_a_new_store_at_once_all_get_it(url: str) -> None
 
 async def test_a_missing_table_is_named_with_the_commands_that_make_it(url: str) -> None:
     table = _table()
-    with pytest.raises(FormatMismatch, match=r"`kvpersist init mysql://kvpersist:\*\*\*@.*kvpersist ddl") as told:
+    with pytest.raises(
+        FormatMismatch, match=r"`kvpersist init 'mysql://kvpersist:\*\*\*@.*kv.table=.*kvpersist ddl"
+    ) as told:
         await MysqlDriver.open(MysqlOptions(url=url, table=table, auto_create=False))
     assert told.value.found == "nothing"
 

@@ -506,7 +506,8 @@ async def test_the_printed_statements_make_what_open_needs(url: str) -> None:
     with pytest.raises(FormatMismatch) as told:
         await PostgresDriver.open(options)
     assert told.value.found == "nothing"
-    assert "kvpersist init postgresql://" in str(told.value) and "kvpersist ddl postgresql://" in str(told.value)
+    assert "kvpersist init 'postgresql://" in str(told.value) and "kvpersist ddl 'postgresql://" in str(told.value)
+    assert "kv.table=" in str(told.value)
 
     for _ in range(2):  # they may be run again
         await _sql(url, PostgresDriver.ddl_of(options))

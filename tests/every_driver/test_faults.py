@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ async def _within_deadline(call: Any) -> Any:
         return error
 
 
+@asynccontextmanager
+async def _opened(where: Where) -> AsyncIterator[Store]:
+    """A store whose calls end soon; what its first opening makes may take longer."""
+    async with kvpersist.open_store(where, timeout=60):
+        pass
+    async with kvpersist.open_store(where, timeout=DEADLINE) as store:
+        yield store
+
+
 async def _filled(where: Where) -> None:
     async with kvpersist.open_store(where, timeout=60) as store:
         await store.put_many({f"own:{number:03}": f"value {number}" for number in range(100)})
@@ -90,7 +100,7 @@ async def test_a_server_that_is_down_is_told_at_once_when_opening(proxied: tuple
 
 async def test_calls_fail_while_the_server_is_down_and_work_once_it_is_back(proxied: tuple[Proxy, Where]) -> None:
     proxy, where = proxied
-    async with kvpersist.open_store(where, timeout=DEADLINE) as store:
+    async with _opened(where) as store:
         await store.put("a", 1)
         proxy.refuse()
         proxy.cut()
@@ -105,7 +115,7 @@ async def test_calls_fail_while_the_server_is_down_and_work_once_it_is_back(prox
 
 async def test_a_silent_server_holds_no_call_beyond_its_deadline(proxied: tuple[Proxy, Where]) -> None:
     proxy, where = proxied
-    async with kvpersist.open_store(where, timeout=DEADLINE) as store:
+    async with _opened(where) as store:
         await store.put("a", 1)
         proxy.stall()
 
@@ -133,7 +143,7 @@ async def test_half_answers_are_errors_and_what_was_acknowledged_is_there(proxie
     proxy, where = proxied
     acknowledged: dict[str, int] = {}
     refused: dict[str, KvError] = {}
-    async with kvpersist.open_store(where, timeout=DEADLINE) as store:
+    async with _opened(where) as store:
         for number in range(12):
             proxy.cut_after(number * 40)
             key = f"half:{number:02}"
@@ -162,7 +172,7 @@ async def test_connections_cut_under_load_lose_nothing_acknowledged_and_mix_no_a
     rng = random.Random(3)
     outcomes: dict[str, Any] = {}
     await _filled(where)
-    async with kvpersist.open_store(where, timeout=DEADLINE) as store:
+    async with _opened(where) as store:
 
         async def worker(name: int) -> None:
             for step in range(12):

@@ -50,6 +50,10 @@ class Tree:
                 break
             except FileNotFoundError:
                 if not _at.same_exists(parent):
+                    if not above:
+                        raise FileNotFoundError(
+                            errno.ENOENT, "the folder of the store was removed", self.root
+                        ) from None
                     self.forget(above)
                     return self.folder(path, make=make, sync=sync)
                 if not make:
@@ -59,6 +63,8 @@ class Tree:
             except FileExistsError:
                 continue
             except FileNotFoundError:  # the folder above was removed, by a compaction of another process
+                if not above:
+                    raise
                 self.forget(above)
                 return self.folder(path, make=make, sync=sync)
             if sync:

@@ -278,7 +278,8 @@ class MysqlDriver:
             told, columns, engines = await self._ask(self._sql.probe)
         table = self._options.table
         if not columns.rows:
-            expected = f"the table {table!r}, which `kvpersist init {shown}` makes and `kvpersist ddl {shown}` prints"
+            url = f"{shown}{'&' if '?' in shown else '?'}kv.table={table}"
+            expected = f"the table {table!r}, which `kvpersist init '{url}'` makes and `kvpersist ddl '{url}'` prints"
             raise FormatMismatch(shown, "nothing", expected)
         found = [
             (_word(name), _word(short if _word(short) == "bigint" else full)) for name, short, full in columns.rows

@@ -325,7 +325,9 @@ class PostgresDriver:
 
     def _missing(self, found: str) -> FormatMismatch:
         where = self._where
-        made = f"which `kvpersist init {where}` makes and `kvpersist ddl {where}` prints"
+        schema = f"&kv.schema={self._options.schema}" if self._options.schema else ""
+        url = f"{where}{'&' if '?' in where else '?'}kv.table={self._options.table}{schema}"
+        made = f"which `kvpersist init '{url}'` makes and `kvpersist ddl '{url}'` prints"
         return FormatMismatch(where, found, f"the table {self._sql.table}, {made}")
 
     async def _read(self, query: str, *args: Any, writes: bool = False) -> list[Row]:

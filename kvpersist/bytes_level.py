@@ -353,6 +353,11 @@ class BytesLevel:
     async def _tend(self) -> None:
         """Do what a store above this level does from time to time."""
 
+    @property
+    def _is_forked(self) -> bool:
+        """Whether it was opened before a fork: then its tasks and connections are the parent's."""
+        return self._forks != _forks
+
     def _check(self) -> None:
         if self._closed or self._forks != _forks or _running() is not self._loop:
             self._refuse()

@@ -382,10 +382,12 @@ class EventQueue:
     async def close(self) -> None:
         """End every subscription and the sweeps; a second call does nothing. The store stays open."""
         self._closed = True
+        if self.store._is_forked:
+            return
         for subscription in tuple(self._subscriptions):
             subscription._end()
-        loop, me = asyncio.get_running_loop(), asyncio.current_task()
-        handling = [task for task in self._handling if task is not me and task.get_loop() is loop]  # else: forked
+        me = asyncio.current_task()
+        handling = [task for task in self._handling if task is not me]
         if handling:
             await asyncio.wait(handling)
         await self._retention.stop()

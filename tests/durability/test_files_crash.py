@@ -173,6 +173,7 @@ def test_files_and_folders_are_synced_in_order_before_the_answer(shim: Path, tmp
     )
 
     calls = (tmp_path / "store.log").read_text().replace(f"{tmp_path / 'store'}/", "")
+    calls = calls.replace("write .kvpersist/lock\n", "")  # the number that watchers look at: it need not survive
     answers = calls.split("write acks\n")
     # after a batch, the journal's end is on the disk before another write: it must not come back and undo that
     wanted = [_LONE.format(2), _BATCH, "fsync .kvpersist/journal\nwrite .kvpersist/journal\n" + _LONE.format(4), ""]

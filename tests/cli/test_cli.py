@@ -608,8 +608,11 @@ from kvpersist.cli import app, chats
 imported = chats.import_chats
 
 async def interrupting(*args, **kwargs):
+    interrupted = []
+
     def progress(state):
-        if state.done == 3:
+        if state.done >= 3 and not interrupted:
+            interrupted.append(state.done)
             os.kill(os.getpid(), signal.SIGINT)
     return await imported(*args, **kwargs | {"progress": progress})
 

@@ -618,7 +618,7 @@ async def test_the_contract_catches_a_planted_bug(make: Callable[[], Driver], te
 
 
 _QUICK = settings(
-    max_examples=1_000,  # it stops at the first failure
+    max_examples=3_000,  # it stops at the first failure
     stateful_step_count=30,
     deadline=None,
     database=None,

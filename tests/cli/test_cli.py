@@ -605,6 +605,7 @@ INTERRUPTED = """
 import os, signal, sys
 from kvpersist.cli import app, chats
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
 imported = chats.import_chats
 
 async def interrupting(*args, **kwargs):

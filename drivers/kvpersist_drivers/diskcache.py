@@ -190,7 +190,7 @@ class DiskcacheDriver:
         driver = cls(options)
         try:
             await driver._run(driver._open)
-        except BaseException:
+        except BaseException:  # cancelled too: nothing may stay open
             await driver.close()
             raise
         return driver

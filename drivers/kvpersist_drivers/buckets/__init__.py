@@ -315,7 +315,7 @@ class BucketDriver:
                     await self._apply(op, batch.version)
             except KvError as error:
                 return _of_batch(error, batch, position, changed)
-            except Exception as error:
+            except Exception as error:  # a client that is closed while it asks raises anything
                 if self._closed:  # under the feet of the request
                     return CommitUnknown(_written(batch), "the store was closed")
                 raise error
@@ -413,7 +413,7 @@ class BucketDriver:
         self._readers.add(ended)
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # a client that is closed while it asks raises anything
             if self._closed:
                 raise _closed() from error
             raise

@@ -89,7 +89,7 @@ class GcsStore:
             if answer.status != 404:
                 await self._check(answer)
                 return Stream(answer.headers["X-Goog-Generation"], self._pieces(asking, answer))
-        except BaseException:
+        except BaseException:  # cancelled too: the answer may not stay open
             answer.close()
             raise
         await asking.__aexit__(None, None, None)

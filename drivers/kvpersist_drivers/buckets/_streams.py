@@ -49,7 +49,7 @@ async def read(key: str, stream: Stream) -> tuple[Entry, Pieces] | None:
             await _close(stream.pieces)
             return None
         entry = unpacked_entry(key, head[:HEADER_BYTES])
-    except BaseException:
+    except BaseException:  # cancelled too: the pieces may not stay open
         await _close(stream.pieces)
         raise
     return entry, Pieces(head[HEADER_BYTES:], stream.pieces)

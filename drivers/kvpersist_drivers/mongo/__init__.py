@@ -127,7 +127,7 @@ class MongoDriver:
         client = _client(options)
         try:
             driver = await cls.over(client, database=options.database, collection=options.collection)
-        except BaseException:
+        except BaseException:  # cancelled too: nothing may stay open
             await client.close()
             raise
         driver._owns_client = True

@@ -61,7 +61,7 @@ class Turns:
         await self._queue.acquire()
         try:
             await self._take()
-        except BaseException:
+        except BaseException:  # cancelled too: the next in the queue has its go
             self._queue.release()
             raise
         return self
@@ -84,7 +84,7 @@ class Turns:
         try:
             while not (await asyncio.wait({call}, timeout=_BEAT))[0]:
                 await self._beat()
-        except BaseException:
+        except BaseException:  # cancelled too: no write may go on without its turn
             call.cancel()
             await asyncio.wait({call})
             raise

@@ -200,7 +200,7 @@ class Connections:
             try:
                 async with asyncio.timeout(self._patience):
                     await link.call(SESSION)
-            except BaseException:
+            except BaseException:  # cancelled too: nothing may stay open
                 link.close()
                 raise
         except KvError:

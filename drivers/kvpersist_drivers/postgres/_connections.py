@@ -181,7 +181,7 @@ class Connections:
                 connection = None
             if self._closed:
                 raise _closed()
-        except BaseException:
+        except BaseException:  # cancelled too: its place in the pool is given back
             if connection is None:
                 self._free.release()
             else:
@@ -199,7 +199,7 @@ class Connections:
         except asyncio.CancelledError:
             self._start(self._adopt(making))  # for the next caller
             raise
-        except BaseException:
+        except BaseException:  # whatever it was, the place in the pool is given back
             self._free.release()
             raise
         if self._closed:

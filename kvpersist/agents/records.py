@@ -13,6 +13,9 @@ from kvpersist.errors import BadRequest
 
 __all__ = [
     "ROLES",
+    "TOOL_CALL_STATES",
+    "Approval",
+    "AuditEntry",
     "Message",
     "Role",
     "Session",
@@ -30,21 +33,32 @@ __all__ = [
 ]
 
 Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
-ToolCallState: TypeAlias = Literal["pending", "completed", "failed"]
+ToolCallState: TypeAlias = Literal[
+    "pending", "approval_required", "approved", "executing", "completed", "failed", "denied", "sealed"
+]
 
 ROLES: Final = frozenset(get_args(Role))
+TOOL_CALL_STATES: Final = frozenset(get_args(ToolCallState))
 
 
 class Session(msgspec.Struct, kw_only=True, omit_defaults=True):
     """A conversation, thread or agent run.
 
     ``updated_at`` moves with every change of the session and of what belongs to it; it is kept
-    beside the record and filled in when a session is read.
+    beside the record and filled in when a session is read. A fork has ``parent_id``, the session it
+    was made from, ``forked_at``, the number of the last message it took from there, and ``lineage``,
+    the ids of its ancestors, the oldest first.
     """
 
     id: str = ""
     user_id: str | None = None
     agent_id: str | None = None
+    container_id: str | None = None
+    image_id: str | None = None
+    template_id: str | None = None
+    parent_id: str | None = None
+    forked_at: int | None = None
+    lineage: list[str] = msgspec.field(default_factory=list[str])
     title: str | None = None
     metadata: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
     active: bool = True
@@ -65,7 +79,8 @@ class Message(msgspec.Struct, omit_defaults=True):
     """One message of a session: ``number`` is its place there, ``id`` its name in the whole store.
 
     ``tool_calls`` belongs to assistant messages; ``tool_call_id`` and ``is_error`` to tool messages,
-    which answer the latest earlier unanswered call of that id.
+    which answer the latest earlier unanswered call of that id. ``error`` of a user's message is what
+    ended the turn it began; ``partial``: the answer was cut before its end.
     """
 
     role: str
@@ -82,6 +97,27 @@ class Message(msgspec.Struct, omit_defaults=True):
     metadata: dict[str, Any] | None = None
     extra: dict[str, Any] | None = None
     created_at: datetime | None = None
+    error: str | None = None
+    partial: bool | None = None
+
+
+class Approval(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What a person decided about a call; ``decision`` is None while nobody did."""
+
+    required: bool = True
+    decision: Literal["allow", "deny"] | None = None
+    decided_by: str | None = None
+    decided_at: datetime | None = None
+    note: str | None = None
+    meta: dict[str, Any] | None = None
+
+
+class AuditEntry(msgspec.Struct, omit_defaults=True):
+    """A state that a call came to, and when."""
+
+    state: str
+    at: datetime
+    note: str | None = None
 
 
 class ToolCall(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -101,7 +137,13 @@ class ToolCall(msgspec.Struct, kw_only=True, omit_defaults=True):
     is_error: bool | None = None
     result: Any = None
     result_number: int | None = None
+    error: str | None = None
+    approval: Approval | None = None
+    audit: list[AuditEntry] = msgspec.field(default_factory=list[AuditEntry])
+    metadata: dict[str, Any] | None = None
     created_at: datetime | None = None
+    started_at: datetime | None = None
+    updated_at: datetime | None = None
     completed_at: datetime | None = None
 
     @property

@@ -201,7 +201,7 @@ class _Opened(_Blocking):
 @cache
 def _is_asynchronous(type_: type) -> bool:
     """Whether objects of this type have something to await."""
-    if issubclass(type_, type) or type_.__module__ == "builtins":
+    if type in type_.__mro__ or type_.__module__ == "builtins":
         return False
     if any(hasattr(type_, name) for name in ("__aenter__", "__anext__", "__aiter__")):
         return True
@@ -218,7 +218,8 @@ def _blocking(loop: _Loop, value: Any) -> Any:
         return _iterated(loop, value)
     if inspect.isfunction(value) or inspect.ismethod(value):
         return _method(loop, value)
-    return _Blocking(loop, value) if _is_asynchronous(type(value)) else value
+    kind: Any = type(value)
+    return _Blocking(loop, value) if _is_asynchronous(kind) else value
 
 
 def _plain(value: Any) -> Any:

@@ -218,8 +218,7 @@ def _blocking(loop: _Loop, value: Any) -> Any:
         return _iterated(loop, value)
     if inspect.isfunction(value) or inspect.ismethod(value):
         return _method(loop, value)
-    kind = cast("Any", value).__class__
-    return _Blocking(loop, value) if _is_asynchronous(kind) else value
+    return _Blocking(loop, value) if _is_asynchronous(value.__class__) else value
 
 
 def _plain(value: Any) -> Any:

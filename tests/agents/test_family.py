@@ -15,6 +15,7 @@ import kvpersist
 from kvpersist import Confirmation, Image, Index, Message, ToolCallPart
 from kvpersist.agents.family import Belongs, Children, Family, Parents, Records
 from kvpersist.agents.persistence import Persistence
+from kvpersist.driver import Batch, Put
 from kvpersist.errors import BadRequest, ParentGone, Unencodable, UniqueConflict
 from kvpersist.testing.faults import Crashed, FaultyDriver
 from kvpersist_drivers.memory import MemoryDriver
@@ -52,6 +53,14 @@ async def space(driver: Any) -> dict[str, bytes]:
         for entry in found
         if entry.value not in (b"", b"done") and not entry.key.startswith("kvpersist:") and "#def" not in entry.key
     }
+
+
+async def copy_of(disk: MemoryDriver) -> MemoryDriver:
+    """Another disk with the same entries, at the same versions."""
+    other = MemoryDriver()
+    found = await disk.scan(None, None, limit=100_000)
+    await other.commit([Batch((Put(e.key, e.value, None, e.expires_at),), e.version) for e in found])
+    return other
 
 
 async def without_stale(db: Persistence) -> None:
@@ -119,26 +128,26 @@ async def test_a_session_takes_its_confirmation_and_traces_along(db: Persistence
 
 @both
 async def test_a_deletion_killed_anywhere_is_finished_by_the_next_open(without: set[str], sound: Sound) -> None:
+    full = MemoryDriver()
+    async with kvpersist.open(FaultyDriver(full, without=without)) as db:
+        await furnish(db, "kept", sessions=1)
+        before = await space(full)
+        await furnish(db, "c", sessions=1)
     for nth in range(1, 900):
-        disk = MemoryDriver()
-        async with kvpersist.open(FaultyDriver(disk, without=without)) as db:
-            await furnish(db, "kept", sessions=1)
-            before = await space(disk)
-            await furnish(db, "c", sessions=1)
-            dying = FaultyDriver(disk, without=without)
-            victim = await kvpersist.open(dying)
-            dying.crash(nth)
-            with contextlib.suppress(Crashed):
-                await victim.containers.delete("c")
-            begun = any("container#deleting:c" in key for key in await space(disk))
-            async with kvpersist.open(FaultyDriver(disk, without=without)) as again:
-                if begun or await again.containers.get("c") is None:
-                    assert await again.containers.get("c") is None
-                    if without:
-                        await without_stale(again)
-                    assert await space(disk) == before, f"killed before step {nth}"
-                    await furnish(again, "c", sessions=1)
-                await sound(again)
+        disk = await copy_of(full)
+        dying = FaultyDriver(disk, without=without)
+        victim = await kvpersist.open(dying)
+        dying.crash(nth)
+        with contextlib.suppress(Crashed):
+            await victim.containers.delete("c")
+        begun = any("container#deleting:c" in key for key in await space(disk))
+        async with kvpersist.open(FaultyDriver(disk, without=without)) as again:
+            if begun or await again.containers.get("c") is None:
+                assert await again.containers.get("c") is None
+                if without:
+                    await without_stale(again)
+                assert await space(disk) == before, f"killed before step {nth}"
+            await sound(again)
         if not dying.crashed:
             return
     pytest.fail("the deletion never ends")
@@ -148,10 +157,12 @@ async def test_a_deletion_killed_anywhere_is_finished_by_the_next_open(without: 
 async def test_a_deletion_killed_anywhere_is_finished_before_its_id_is_used_again(
     without: set[str], sound: Sound
 ) -> None:
+    full = MemoryDriver()
+    async with kvpersist.open(FaultyDriver(full, without=without)) as db:
+        await furnish(db, "c", sessions=1)
     for nth in range(1, 900):
-        disk = MemoryDriver()
+        disk = await copy_of(full)
         async with kvpersist.open(FaultyDriver(disk, without=without)) as db:
-            await furnish(db, "c", sessions=1)
             dying = FaultyDriver(disk, without=without)
             victim = await kvpersist.open(dying)
             dying.crash(nth)

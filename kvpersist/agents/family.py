@@ -591,10 +591,11 @@ class Records(Generic[R]):
             except UniqueConflict:
                 raise
             except Conflict as conflict:
-                if conflict.key == key and entry is None:
+                if conflict.key != key or entry is not None:
+                    if not self._family.forget(conflict.key):
+                        raise
+                elif self._family.atomic:
                     raise _taken(pk) from conflict
-                if not self._family.forget(conflict.key):
-                    raise
             await backoff(attempt)
         raise Conflict(key, version_of(entry))
 

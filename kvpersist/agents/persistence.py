@@ -13,12 +13,20 @@ from msgspec import UNSET, UnsetType
 
 from kvpersist import keys
 from kvpersist.agents.collections import Collections
-from kvpersist.agents.deletion import Deletions
+from kvpersist.agents.confirmations import Confirmations
+from kvpersist.agents.containers import Containers
+from kvpersist.agents.family import Belongs, Family
+from kvpersist.agents.images import Images
+from kvpersist.agents.login_sessions import LoginSessions
 from kvpersist.agents.messages import Messages
 from kvpersist.agents.ordered import OrderedTurns
+from kvpersist.agents.prototypes import Prototypes
+from kvpersist.agents.providers import Providers
 from kvpersist.agents.records import Message, Session, Stats, TimelineItem, ToolCall
+from kvpersist.agents.secrets import SecretKey, Secrets
 from kvpersist.agents.sessions import Sessions
 from kvpersist.agents.tool_calls import ToolCalls
+from kvpersist.agents.traces import Traces
 from kvpersist.agents.turns import Turns
 from kvpersist.driver import Clock, Driver
 from kvpersist.errors import BadOption, ReadOnly
@@ -38,7 +46,7 @@ __all__ = ["Persistence", "open"]
 R = TypeVar("R")
 
 _PAGE = 500  # stats read at once
-_ARGUMENTS = ("namespace", "session_indexes", "message_indexes", "tool_call_indexes", "events", "clock")  # of `open`
+_ARGUMENTS = ("namespace", "session_indexes", "message_indexes", "tool_call_indexes", "events", "secret_key", "clock")
 _COLLECTIONS = frozenset(("session", "message", "tool_call", *COLLECTIONS))
 
 
@@ -48,6 +56,9 @@ class Persistence:
     Attributes:
         store: plain keys beside the records, in namespaces of their own.
         sessions, messages, tool_calls: the records.
+        confirmations, traces: what belongs to sessions, too.
+        containers, images, prototypes, providers: what sessions are made in, and of.
+        login_sessions: who is logged in.
         events: the topics, an `EventQueue`.
     """
 
@@ -60,6 +71,7 @@ class Persistence:
         message_indexes: Iterable[Index] = (),
         tool_call_indexes: Iterable[Index] = (),
         events: Mapping[str, Any] | None = None,
+        secret_key: SecretKey | None = None,
         owns_store: bool = False,
     ) -> None:
         require_sequences(store, "persistence of sessions")
@@ -71,7 +83,7 @@ class Persistence:
             Session,
             name="session",
             namespace=namespace,
-            indexes=[Index("user_id", order_by="-created_at"), Index(order_by="-created_at"), *_own(session_indexes)],
+            indexes=_own(session_indexes),
         )
         messages = Repository(
             store,
@@ -93,13 +105,23 @@ class Persistence:
                 *more_calls,
             ],
         )
-        self._all = Collections(store, namespace, sessions, messages, tool_calls, own_call_indexes=bool(more_calls))
+        self._family = Family(store, namespace)
+        self._all = Collections(self._family, sessions, messages, tool_calls, own_call_indexes=bool(more_calls))
         atomic = store.capabilities.atomic_batch != "none"
         turns = Turns(self._all) if atomic else OrderedTurns(self._all)
-        self._deletions = Deletions(self._all)
-        self.sessions = Sessions(self._all, turns, self._deletions)
+        self.sessions = Sessions(self._all, turns)
         self.messages = Messages(self._all, turns)
         self.tool_calls = ToolCalls(self._all, turns)
+        self.confirmations = Confirmations(self._family, self._all.births)
+        self.traces = Traces(self._family, self._all.births)
+        self.login_sessions = LoginSessions(self._family)
+        self.containers = Containers(self._family)
+        containers = self.containers.births
+        self.images = Images(self._family, containers)
+        self.prototypes = Prototypes(self._family, containers)
+        self.providers = Providers(self._family, containers, Secrets(secret_key))
+        self.sessions._belong(Belongs("container_id", containers))
+        self.sessions._belong(Belongs("image_id", self.images.births, cascade=False))
         self.events = EventQueue(store, namespace=namespace, **(events or {}))
         self._owns_store = owns_store
 
@@ -117,7 +139,7 @@ class Persistence:
         Raises:
             BadOption: ``name`` is one of the agent's own collections.
         """
-        if name in _COLLECTIONS:
+        if name in _COLLECTIONS or name in self._family.repositories:
             raise BadOption("name", f"{name!r} is the agent's own collection: choose another name")
         return Repository(self.store, type, name=name, key=key, indexes=indexes, namespace=self.namespace, **options)
 
@@ -130,7 +152,7 @@ class Persistence:
         return await self.store.transact(fn, attempts=attempts)
 
     async def reindex(self, progress: Callable[[int], None] | None = None) -> dict[str, Reindexed]:
-        """Build the indexes of sessions, messages and calls that were declared over records already there.
+        """Build the indexes of the agent's collections that were declared over records already there.
 
         Online and resumable, as `Repository.reindex`; returns what was done, by collection.
         """
@@ -139,6 +161,7 @@ class Persistence:
             "session": await self._all.sessions.reindex(progress),
             "message": await self._all.messages.reindex(progress),
             "tool_call": await self._all.tool_calls.reindex(progress),
+            **{name: await each.reindex(progress) for name, each in self._family.repositories.items()},
         }
 
     async def timeline(
@@ -225,6 +248,7 @@ def open(
     message_indexes: Iterable[Index] = (),
     tool_call_indexes: Iterable[Index] = (),
     events: Mapping[str, Any] | None = None,
+    secret_key: SecretKey | None = None,
     codec: Literal["msgpack", "json"] | None = None,
     ttl: float | None | UnsetType = UNSET,
     timeout: float | None | UnsetType = UNSET,
@@ -243,6 +267,8 @@ def open(
         namespace: a tenant or application; namespaces of one store do not see each other.
         session_indexes, message_indexes, tool_call_indexes: indexes beyond the usual ones.
         events: settings of ``db.events``, such as ``{"retention": 7 * 86_400}``, as for `EventQueue`.
+        secret_key: encrypts the secrets of ``db.providers``: 32 bytes or their base64, or several, of which
+            the first encrypts and all decrypt. None: as the variable ``KVPERSIST_SECRET_KEY`` says.
         codec, ttl, timeout, clock, sweep: as for `open_store`. ``ttl`` is for plain keys, and for
             repositories of your own: sessions and what belongs to them do not expire.
         options: the driver's, as for `open_store`.
@@ -265,11 +291,12 @@ def open(
                 message_indexes=message_indexes,
                 tool_call_indexes=tool_call_indexes,
                 events=events,
+                secret_key=secret_key,
                 owns_store=owns,
             )
             await db._all.own()  # before a plain write can put something between the records
             with suppress(ReadOnly):  # whoever may write finishes them; what is left is not seen here either
-                await db._deletions.finish_all()
+                await db._family.finish_all()
         except BaseException:  # cancelled too: nothing may stay open
             if owns:
                 await store.close()
@@ -280,12 +307,20 @@ def open(
 
 
 def _own(indexes: Iterable[Index]) -> list[Index]:
-    """Refuse what cannot be indexed in a session's own record."""
-    declared = list(indexes)
+    """Return the indexes of sessions; refuse what cannot be indexed in a session's own record."""
+    usual = [
+        Index("user_id", order_by="-created_at"),
+        Index("agent_id", order_by="-created_at"),
+        Index("container_id", order_by="-created_at"),
+        Index("image_id", order_by="-created_at"),
+        Index(order_by="-created_at"),
+    ]
+    named = {index.name: (index.fields, index.order_by) for index in usual}
+    declared = [index for index in indexes if named.get(index.name) != (index.fields, index.order_by)]
     for index in declared:
         if index.name == "updated" or "updated_at" in (*index.fields, (index.order_by or "").removeprefix("-")):
             raise BadOption("session_indexes", "updated_at is kept beside the record: use sessions.recent()")
-    return declared
+    return [*usual, *declared]
 
 
 def _add(total: dict[str, int], counts: Mapping[str, int]) -> None:

@@ -9,7 +9,7 @@ from uuid import UUID
 
 from kvpersist import keys
 from kvpersist.agents.collections import Collections
-from kvpersist.agents.items import Edit, RemoveMessage, Turn, checked
+from kvpersist.agents.items import Edit, Remove, Rewritten, Turn, checked
 from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.records import Message
 from kvpersist.agents.turns import Turns
@@ -181,7 +181,9 @@ class Messages:
         found = await self.get(id)
         if found is None:
             return False
-        return await self._turns.submit(found.session_id, RemoveMessage(found.number, found.id))
+        item = Remove(places=[(found.number, found.id)], most=1)
+        done: Rewritten = await self._turns.submit(found.session_id, item)
+        return done.removed > 0
 
     async def search(
         self,

@@ -125,6 +125,8 @@ class OrderedTurns:
     async def _build(self, session_id: str, parent: Parent, items: list[Any]) -> Built[Parent, Any]:
         part = keys.encode(session_id)
         draft = Draft(parent.stat)
+        if parent.stat.unsure:
+            await self._recount(part, draft)
         results: list[Any] = []
         amends: list[Recount] = []
         for item in items:
@@ -355,11 +357,11 @@ class OrderedTurns:
                 if type(item) is Replace:
                     return await self._replace(session_id, part, parent, draft, item)
                 return await self._replace_calls(part, draft, item)
-            except UniqueConflict:
+            except KvError as error:
+                draft.unsure = True
                 await self._recount(part, draft)
-                raise
-            except Conflict:
-                await self._recount(part, draft)
+                if not isinstance(error, Conflict) or isinstance(error, UniqueConflict):
+                    raise
         raise Conflict(self._all.stat_prefix + part, parent.version)
 
     async def _remove(self, session_id: str, part: str, draft: Draft, item: Remove) -> Rewritten:
@@ -443,7 +445,8 @@ class OrderedTurns:
         async for entry in every.calls_of(part, call.number, call.number):
             call.position = keys.decode(entry.key.rpartition("!")[2], int) + 1
         pk = f"{part}!{keys.encode(call.number)}!{keys.encode(call.position)}"
-        await ordered_writer(every.tool_calls).save(pk, call, old=None)
+        [tombstone] = await self._store._entries([every.call_prefix + pk])  # of a call that was removed
+        await ordered_writer(every.tool_calls).save(pk, call, old=tombstone)
         draft.count(None, call)
         draft.touch(call.created_at)
         return call
@@ -513,6 +516,7 @@ class OrderedTurns:
         draft.last = last
         async for entry in every.calls_of(part, 0, _ANY_NUMBER):
             draft.count(None, every.tool_calls._codec.decode(entry.key, entry.value))
+        draft.unsure = False
 
     async def _alive(self, key: str) -> Entry | None:
         [entry] = await self._store._entries([key])

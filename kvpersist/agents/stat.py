@@ -79,7 +79,7 @@ class Parent(NamedTuple):
 class Draft:
     """A stat in the making; the one it started from is not changed."""
 
-    __slots__ = ("last", "messages", "open", "roles", "settled", "tools", "updated_at")
+    __slots__ = ("last", "messages", "open", "roles", "settled", "tools", "unsure", "updated_at")
 
     def __init__(self, stat: Stat) -> None:
         self.last = stat.last
@@ -88,6 +88,7 @@ class Draft:
         self.tools = stat.tools.copy()
         self.open = stat.open.copy()
         self.settled = stat.settled.copy()
+        self.unsure = False
         self.updated_at = stat.updated_at
 
     def add(self, message: Message) -> None:
@@ -153,7 +154,15 @@ class Draft:
         if len(self.settled) > SETTLED:
             del self.settled[:-SETTLED]
         return Stat(
-            self.updated_at, self.last, self.messages, self.roles, self.tools, self.open, indexed_at, self.settled
+            self.updated_at,
+            self.last,
+            self.messages,
+            self.roles,
+            self.tools,
+            self.open,
+            indexed_at,
+            self.settled,
+            self.unsure,
         )
 
 

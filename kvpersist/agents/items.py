@@ -11,7 +11,7 @@ import msgspec
 from kvpersist.agents.records import ROLES, AuditEntry, Message, Session, ToolCall, new_id, utc
 from kvpersist.agents.stat import Draft
 from kvpersist.codec import RecordCodec
-from kvpersist.driver import Entry
+from kvpersist.driver import Check, Entry
 from kvpersist.errors import BadRequest
 
 __all__ = [
@@ -151,12 +151,13 @@ class Kill:
 
     Answered with whether that was done: not where the session changed since ``before``, nor, if only
     ``closed`` ones are to go, where it is open.
+    ``guard``: of the deletion that this one is part of; its Conflict is the answer where that is finished.
     """
 
-    __slots__ = ("before", "closed")
+    __slots__ = ("before", "closed", "guard")
 
-    def __init__(self, before: datetime | None = None, *, closed: bool = False) -> None:
-        self.before, self.closed = before, closed
+    def __init__(self, guard: Check | None = None, *, before: datetime | None = None, closed: bool = False) -> None:
+        self.guard, self.before, self.closed = guard, before, closed
 
 
 Item = (

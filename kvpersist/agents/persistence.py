@@ -14,6 +14,7 @@ from msgspec import UNSET, UnsetType
 from kvpersist import keys
 from kvpersist.agents.collections import Collections
 from kvpersist.agents.family import Family
+from kvpersist.agents.making import finish_makings
 from kvpersist.agents.messages import Messages
 from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.records import Message, Session, Stats, TimelineItem, ToolCall
@@ -272,6 +273,7 @@ def open(
             await db._all.own()  # before a plain write can put something between the records
             with suppress(ReadOnly):  # whoever may write finishes them; what is left is not seen here either
                 await db._family.finish_all()
+                await finish_makings(db._all)
         except BaseException:  # cancelled too: nothing may stay open
             if owns:
                 await store.close()

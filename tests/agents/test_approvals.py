@@ -86,7 +86,9 @@ async def test_only_the_named_transitions_are_possible(db: Persistence, before: 
     await db.messages.append(session, asks(*sorted(TOOL_CALL_STATES)))
     for position, state in enumerate(sorted(TOOL_CALL_STATES)):
         stored = await db.tool_calls.of(session)
-        await db.tool_calls.replace_all(session, [replace(c, state=before) if c.position == position else c for c in stored])
+        await db.tool_calls.replace_all(
+            session, [replace(c, state=before) if c.position == position else c for c in stored]
+        )
         allowed = TRANSITIONS[before]  # type: ignore[index]
         if state in allowed:
             call = await db.tool_calls.set_state(session, 1, position, state.upper(), note="n")
@@ -179,7 +181,10 @@ async def test_the_message_of_a_call_that_is_done_is_joined_with_it(
     assert await db.messages.validate(session) == []
     await sound(db)
     await db.messages.truncate(session, after=1)
-    assert [(c.state, c.result) for c in await db.tool_calls.of(session)] == [("completed", "by hand"), ("failed", None)]
+    assert [(c.state, c.result) for c in await db.tool_calls.of(session)] == [
+        ("completed", "by hand"),
+        ("failed", None),
+    ]
     await sound(db)
 
 
@@ -217,7 +222,7 @@ async def test_every_state_is_counted_by_session_and_namespace(db: Persistence, 
     assert stat is not None
     assert stat.tools["x"].by_state() == dict.fromkeys(states, 1)
     assert (stat.tools["y"].executing, stat.tools["y"].completed, stat.tools["y"].pending) == (0, 2, 1)
-    assert stats.tool_calls_by_state == Counter({state: 2 for state in states}) + Counter({"completed": 1}) - Counter(
+    assert stats.tool_calls_by_state == Counter(dict.fromkeys(states, 2)) + Counter({"completed": 1}) - Counter(
         {"executing": 1}
     )
     assert [await db.tool_calls.count(state=state) for state in ("denied", "sealed")] == [2, 2]

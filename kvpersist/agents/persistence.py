@@ -18,6 +18,7 @@ from kvpersist.agents.containers import Containers
 from kvpersist.agents.family import Belongs, Family
 from kvpersist.agents.images import Images
 from kvpersist.agents.login_sessions import LoginSessions
+from kvpersist.agents.making import finish_makings
 from kvpersist.agents.messages import Messages
 from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.prototypes import Prototypes
@@ -25,6 +26,7 @@ from kvpersist.agents.providers import Providers
 from kvpersist.agents.records import Message, Session, Stats, TimelineItem, ToolCall
 from kvpersist.agents.secrets import SecretKey, Secrets
 from kvpersist.agents.sessions import Sessions
+from kvpersist.agents.stat import tool_stats
 from kvpersist.agents.tool_calls import ToolCalls
 from kvpersist.agents.traces import Traces
 from kvpersist.agents.turns import Turns
@@ -217,12 +219,12 @@ class Persistence:
                 total.sessions += 1
                 total.messages += stat.messages
                 _add(total.messages_by_role, stat.roles)
-                for name, (calls, completed, failed) in stat.tools.items():
-                    states = {"pending": calls - completed - failed, "completed": completed, "failed": failed}
-                    total.tool_calls += calls
-                    total.tool_errors += failed
-                    _add(total.tool_calls_by_name, {name: calls})
-                    _add(total.tool_calls_by_state, {state: count for state, count in states.items() if count})
+                for name, counts in stat.tools.items():
+                    tool = tool_stats(counts)
+                    total.tool_calls += tool.calls
+                    total.tool_errors += tool.failed
+                    _add(total.tool_calls_by_name, {name: tool.calls})
+                    _add(total.tool_calls_by_state, tool.by_state())
             if len(page) < _PAGE:
                 return total
             start = page[-1].key + "!"  # no key lies between a key and itself + '!'
@@ -297,6 +299,7 @@ def open(
             await db._all.own()  # before a plain write can put something between the records
             with suppress(ReadOnly):  # whoever may write finishes them; what is left is not seen here either
                 await db._family.finish_all()
+                await finish_makings(db._all)
         except BaseException:  # cancelled too: nothing may stay open
             if owns:
                 await store.close()

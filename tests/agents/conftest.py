@@ -135,12 +135,7 @@ async def _sound(db: Persistence) -> None:
         assert stat.tool_calls == len(asked)
         assert {name: counts.calls for name, counts in stat.tools.items()} == Counter(call.name for call in asked)
         for name, counts in stat.tools.items():
-            states = Counter(call.state for call in asked if call.name == name)
-            assert (counts.pending, counts.completed, counts.failed) == (
-                states["pending"],
-                states["completed"],
-                states["failed"],
-            )
+            assert counts.by_state() == Counter(call.state for call in asked if call.name == name)
         _answers_fit(mine, asked)
 
 

@@ -13,7 +13,7 @@ from msgspec import UNSET, UnsetType
 
 from kvpersist import keys
 from kvpersist.agents.collections import Collections
-from kvpersist.agents.deletion import Deletions
+from kvpersist.agents.family import Family
 from kvpersist.agents.messages import Messages
 from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.records import Message, Session, Stats, TimelineItem, ToolCall
@@ -93,11 +93,11 @@ class Persistence:
                 *more_calls,
             ],
         )
-        self._all = Collections(store, namespace, sessions, messages, tool_calls, own_call_indexes=bool(more_calls))
+        self._family = Family(store, namespace)
+        self._all = Collections(self._family, sessions, messages, tool_calls, own_call_indexes=bool(more_calls))
         atomic = store.capabilities.atomic_batch != "none"
         turns = Turns(self._all) if atomic else OrderedTurns(self._all)
-        self._deletions = Deletions(self._all)
-        self.sessions = Sessions(self._all, turns, self._deletions)
+        self.sessions = Sessions(self._all, turns)
         self.messages = Messages(self._all, turns)
         self.tool_calls = ToolCalls(self._all, turns)
         self.events = EventQueue(store, namespace=namespace, **(events or {}))
@@ -139,6 +139,7 @@ class Persistence:
             "session": await self._all.sessions.reindex(progress),
             "message": await self._all.messages.reindex(progress),
             "tool_call": await self._all.tool_calls.reindex(progress),
+            **{name: await each.reindex(progress) for name, each in self._family.repositories.items()},
         }
 
     async def timeline(
@@ -269,7 +270,7 @@ def open(
             )
             await db._all.own()  # before a plain write can put something between the records
             with suppress(ReadOnly):  # whoever may write finishes them; what is left is not seen here either
-                await db._deletions.finish_all()
+                await db._family.finish_all()
         except BaseException:  # cancelled too: nothing may stay open
             if owns:
                 await store.close()

@@ -12,16 +12,20 @@ from uuid import UUID
 
 import msgspec
 
-from kvpersist.agents.family import Parents
+from kvpersist import keys
+from kvpersist.agents.family import Family, Parents
 from kvpersist.agents.forks import AgentForks
-from kvpersist.agents.records import utc
+from kvpersist.agents.records import ToolStats
 from kvpersist.agents.sessions import Sessions
 from kvpersist.agents.snapshots import Bookmark, Snapshots, marked
-from kvpersist.errors import BadRequest, Conflict, ParentGone, UniqueConflict
-from kvpersist.index import between
+from kvpersist.errors import BadRequest, KeyTooLong, ParentGone
+from kvpersist.index import Index, between
+from kvpersist.index.declaration import Range
+from kvpersist.index.reads import OnCorrupt, decoded
+from kvpersist.index.writer import live
 from kvpersist.repository import Page
 
-__all__ = ["BREAKPOINTS", "Agent", "AgentStats", "Agents", "Breakpoint", "new_agent_id"]
+__all__ = ["BREAKPOINTS", "Agent", "AgentParents", "AgentStats", "Agents", "Breakpoint", "new_agent_id"]
 
 Breakpoint: TypeAlias = Literal[
     "ready",
@@ -37,7 +41,8 @@ BREAKPOINTS: Final = frozenset(get_args(Breakpoint))
 
 _Agents: TypeAlias = "list[Agent]"  # in the class below, `list` is a method
 _CROCKFORD: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-_ATTEMPTS: Final = 40  # of a save that keeps losing to others
+_ID_BYTES: Final = 120  # of an encoded agent id: the id of what lies below it has to fit behind it
+_PAGE: Final = 250  # agents read at once
 
 
 class Agent(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -85,31 +90,61 @@ class AgentStats(msgspec.Struct, kw_only=True):
     success_rate: float | None = None
 
 
+class AgentParents(Parents[Agent]):
+    """The stored agents, among them forks in the making: those are *hidden*, by having no ``created_at``."""
+
+    def __init__(self, family: Family) -> None:
+        super().__init__(
+            family,
+            Agent,
+            name="agent",
+            indexes=[Index(order_by="-created_at"), Index("template_id", order_by="-created_at")],
+        )
+
+    async def hide(self, agent: Agent) -> None:
+        """Store a new agent that no reader is given."""
+        await self._family.own()
+        await self._insert(msgspec.structs.replace(agent, created_at=None, updated_at=None))
+
+    def beginning(self, id_prefix: str) -> tuple[str, str | None]:
+        """Between which keys the agents lie whose ids begin so."""
+        start = self.repository._prefix + keys.escape(id_prefix)
+        return start, keys.prefix_end(start)
+
+    def _new(self, record: Agent) -> Agent:
+        return super()._new(record if record.id else msgspec.structs.replace(record, id=new_agent_id()))
+
+    def _check(self, record: Agent) -> None:
+        breakpoint_: Any = record.breakpoint
+        record.breakpoint = breakpoint_.lower() if isinstance(breakpoint_, str) else breakpoint_
+        if record.breakpoint not in BREAKPOINTS:
+            raise BadRequest(f"unknown breakpoint {breakpoint_!r}: use one of {', '.join(sorted(BREAKPOINTS))}")
+        record.bookmark = marked(record.bookmark)
+        if (size := len(keys.encode(record.id).encode())) > _ID_BYTES:
+            raise KeyTooLong(record.id, size, _ID_BYTES)
+
+
 class Agents:
     """The agents of one namespace, ``db.agents``.
 
     What is written below an agent checks that it is there, so nothing is ever added to one that was deleted.
     """
 
-    def __init__(self, parents: Parents[Agent], sessions: Sessions, snapshots: Snapshots, forks: AgentForks) -> None:
+    def __init__(self, parents: AgentParents, sessions: Sessions, snapshots: Snapshots, forks: AgentForks) -> None:
         self._parents = parents
         self._sessions = sessions
         self._snapshots = snapshots
         self._forks = forks
 
-    async def create(self, **fields: Any) -> Agent:
-        """Create an agent of the given fields of `Agent`; one commit.
+    async def create(self, agent: Agent | None = None, /, **fields: Any) -> Agent:
+        """Store a new agent, given whole or by its fields; return it as it is stored.
 
         Raises:
             UniqueConflict: there is an agent of this id.
             BadRequest: no such field, an unknown breakpoint, or a time without a zone.
             KeyTooLong: the id has over 120 encoded bytes.
         """
-        try:
-            agent = Agent(**fields)
-        except TypeError as error:
-            raise BadRequest(f"{error}; fields: {', '.join(Agent.__struct_fields__)}") from error
-        return await self._create(agent)
+        return await self._parents.create(agent, **fields)
 
     async def save(self, agent: Agent) -> Agent:
         """Store an agent, in place of the one of its id if there is one; return it as stored.
@@ -117,17 +152,9 @@ class Agents:
         Without a ``created_at`` it keeps the one it had; ``updated_at`` moves unless it is given.
 
         Raises:
-            BadRequest: an unknown breakpoint, or a time without a zone. KeyTooLong: as `create`.
+            As `create`, but for UniqueConflict.
         """
-        for _ in range(_ATTEMPTS):
-            saved = await self.update(agent.id, lambda old: _over(old, agent)) if agent.id else None
-            if saved is not None:
-                return saved
-            try:
-                return await self._create(agent)
-            except UniqueConflict:  # another has created it meanwhile
-                continue
-        raise Conflict(agent.id, None)
+        return await (self._parents.save(agent) if agent.id else self._parents.create(agent))
 
     async def get(self, id: str | UUID) -> Agent | None:
         """Return the agent, or None; one read."""
@@ -147,19 +174,10 @@ class Agents:
             BadRequest: ``fn`` changed the id, or set an unknown breakpoint or a time without a zone.
         """
 
-        def change(old: Agent) -> Agent:
-            if old.created_at is None:
+        def change(agent: Agent) -> Agent:
+            if agent.created_at is None:
                 raise _Hidden
-            changed: Any = fn(msgspec.structs.replace(old))
-            if not isinstance(changed, Agent):
-                raise BadRequest(f"the function returned {type(changed).__name__}, not the agent")
-            if changed.id != old.id:
-                raise BadRequest("the id of a stored agent cannot change: create another")
-            if changed.updated_at in (None, old.updated_at):
-                changed = msgspec.structs.replace(changed, updated_at=self._parents.now())
-            if changed.created_at is None:
-                changed = msgspec.structs.replace(changed, created_at=old.created_at)
-            return _checked(changed)
+            return fn(agent)
 
         try:
             return await self._parents.update(str(id), change)
@@ -167,12 +185,12 @@ class Agents:
             return None
 
     async def set_metadata(self, id: str | UUID, metadata: Mapping[str, Any]) -> Agent | None:
-        """Replace the agent's metadata; None where there is no such agent."""
+        """Replace the agent's metadata as a whole; None where there is no such agent."""
         new = dict(metadata)
         return await self.update(id, lambda agent: msgspec.structs.replace(agent, metadata=new))
 
     async def merge_metadata(self, id: str | UUID, metadata: Mapping[str, Any]) -> Agent | None:
-        """Add to the agent's metadata, key by key of its top level; None where there is no such agent."""
+        """Set some keys of the agent's metadata and leave the others; None where there is no such agent."""
         new = dict(metadata)
         return await self.update(id, lambda agent: msgspec.structs.replace(agent, metadata=agent.metadata | new))
 
@@ -190,27 +208,78 @@ class Agents:
         *,
         limit: int = 100,
         offset: int = 0,
-        template_id: str | None = None,
-        created_at: Any = None,
         id_prefix: str | None = None,
+        on_corrupt: OnCorrupt | None = None,
+        **where: Any,
     ) -> _Agents:
-        """Return up to ``limit`` agents, newest first, ``offset`` of them passed over.
+        """Return up to ``limit`` agents, newest first, behind the first ``offset``.
 
         Args:
-            template_id: only those of this template.
-            created_at: ``between(a, b)``, ``at_least(a)`` or ``at_most(b)``; both ends are included.
-            id_prefix: only those whose id begins so; every character counts as itself.
+            where: ``template_id="t"``, and for ``created_at`` a range: ``between(a, b)``, ends included.
+            id_prefix: only those whose id begins so; every character counts as itself. All of these are read.
+
+        Raises:
+            BadRequest: a negative limit or offset. NoIndex: another condition.
         """
+        if id_prefix is None:
+            return await self._parents.find(limit=limit, offset=offset, on_corrupt=on_corrupt, **_by_time(where))
+        if limit < 1 or offset < 0:
+            raise BadRequest(f"limit={limit}, offset={offset}: ask for at least one, and pass over none or some")
+        mine = self._beginning(id_prefix, where, on_corrupt)
+        newest = _Newest(limit + offset)
+        async for agent in mine:
+            newest.add(agent)
+        return newest.sorted()[offset:]
+
+    async def page(
+        self, *, limit: int = 100, after: str | None = None, on_corrupt: OnCorrupt | None = None, **where: Any
+    ) -> Page[Agent]:
+        """Return one page as `find` does without ``id_prefix``, and the cursor for the next. As `Repository.page`."""
+        return await self._parents.page(limit=limit, after=after, on_corrupt=on_corrupt, **_by_time(where))
+
+    async def iterate(
+        self, *, id_prefix: str | None = None, on_corrupt: OnCorrupt | None = None, **where: Any
+    ) -> AsyncIterator[Agent]:
+        """Yield every agent that `find` would, newest first; with ``id_prefix`` in the order of their ids."""
+        if id_prefix is None:
+            mine = self._parents.iterate(on_corrupt=on_corrupt, **_by_time(where))
+        else:
+            mine = self._beginning(id_prefix, where, on_corrupt)
+        async for agent in mine:
+            yield agent
+
+    async def count(self, *, id_prefix: str | None = None, **where: Any) -> int:
+        """Count what `find` would return without a limit; with ``id_prefix`` they are read for it."""
+        if id_prefix is None:
+            return await self._parents.count(**_by_time(where))
+        return len([agent async for agent in self._beginning(id_prefix, where, None)])
 
     async def list(self, limit: int = 100) -> _Agents:
         """Return the newest agents, newest first."""
         return await self.find(limit=limit)
 
     async def stats(self, id: str | UUID) -> AgentStats | None:
-        """Count what there is of an agent, None where there is none: no message, call or snapshot is read."""
+        """Count what there is of an agent, None where there is none: no message, call or event is read."""
         agent_id = str(id)
         if not await self.exists(agent_id):
             return None
+        total = AgentStats(snapshots=await self._snapshots.count(agent_id=agent_id))
+        async for session in self._sessions.iterate(agent_id=agent_id):
+            stat = await self._sessions.stat(session.id)
+            if stat is None:
+                continue
+            total.sessions += 1
+            total.messages += stat.messages
+            total.tool_calls += stat.tool_calls
+            _add(total.messages_by_role, stat.roles)
+            for name, tool in stat.tools.items():
+                _add(total.tool_calls_by_name, {name: tool.calls})
+                _add(total.tool_calls_by_state, _by_state(tool))
+        if total.sessions:
+            total.messages_per_session = total.messages / total.sessions
+        if total.tool_calls:
+            total.success_rate = 100 * total.tool_calls_by_state.get("completed", 0) / total.tool_calls
+        return total
 
     async def fork(self, id: str | UUID, *, at: str | None = None, count: int = 1) -> _Agents:
         """Make ``count`` new agents out of one, as it is, or as it was at a snapshot.
@@ -239,7 +308,7 @@ class Agents:
         parent = await self.get(id)
         if parent is None:
             raise ParentGone("agent", str(id))
-        snapshot = None if at is None else await self._snapshots.get(parent.id, at)
+        snapshot = None if at is None else await self._snapshots.get((parent.id, at))
         if at is not None and snapshot is None:
             raise ParentGone("snapshot", at)
         changes: dict[str, Any] = {"lineage": [*parent.lineage, parent.id]}
@@ -251,37 +320,68 @@ class Agents:
 
     # ---- private
 
-    async def _create(self, agent: Agent) -> Agent:
-        now = self._parents.now()
-        created_at = now if agent.created_at is None else agent.created_at
-        updated_at = created_at if agent.updated_at is None else agent.updated_at
-        id_ = str(agent.id) if agent.id else new_agent_id()
-        new = _checked(msgspec.structs.replace(agent, id=id_, created_at=created_at, updated_at=updated_at))
-        return await self._parents.create(new)
+    async def _beginning(
+        self, id_prefix: str, where: Mapping[str, Any], on_corrupt: OnCorrupt | None
+    ) -> AsyncIterator[Agent]:
+        if unknown := where.keys() - {"template_id", "created_at"}:
+            raise BadRequest(
+                f"with id_prefix, ask for template_id and created_at, not for {', '.join(sorted(unknown))}"
+            )
+        template, times = where.get("template_id"), where.get("created_at", between(None, None))
+        if not isinstance(times, Range):
+            times = between(times, times)
+        repository = self._parents.repository
+        start, end = self._parents.beginning(id_prefix)
+        while True:
+            page = await repository.store._scan(start, end, limit=_PAGE)
+            for agent in decoded(repository._codec, (e for e in page if live(e) is not None), on_corrupt):
+                at = agent.created_at
+                if at is None or (template is not None and agent.template_id != template):
+                    continue
+                if (times.low is None or times.low <= at) and (times.high is None or at <= times.high):
+                    yield agent
+            if len(page) < _PAGE:
+                return
+            start = page[-1].key + "!"  # no key lies between a key and itself + '!'
 
 
 class _Hidden(Exception):
     """The agent is a fork in the making."""
 
 
-def _checked(agent: Agent) -> Agent:
-    """Return the agent as it will be stored.
+class _Newest:
+    """Keeps the newest ``n`` agents of those that are added."""
 
-    Raises:
-        BadRequest: an unknown breakpoint, or a time without a zone.
-    """
-    breakpoint_: Any = agent.breakpoint
-    breakpoint_ = breakpoint_.lower() if isinstance(breakpoint_, str) else breakpoint_
-    if breakpoint_ not in BREAKPOINTS:
-        raise BadRequest(f"unknown breakpoint {agent.breakpoint!r}: use one of {', '.join(sorted(BREAKPOINTS))}")
-    times = {
-        name: None if (at := getattr(agent, name)) is None else utc(at, name) for name in ("created_at", "updated_at")
-    }
-    return msgspec.structs.replace(agent, breakpoint=breakpoint_, bookmark=marked(agent.bookmark), **times)
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._agents: list[Agent] = []
+
+    def add(self, agent: Agent) -> None:
+        self._agents.append(agent)
+        if len(self._agents) >= 2 * self._n + _PAGE:
+            self._agents = self.sorted()
+
+    def sorted(self) -> list[Agent]:
+        return sorted(self._agents, key=_newest_first)[: self._n]
 
 
-def _over(old: Agent, new: Agent) -> Agent:
-    return msgspec.structs.replace(new, created_at=new.created_at or old.created_at)
+def _newest_first(agent: Agent) -> tuple[float, str]:
+    return (0.0 if agent.created_at is None else -agent.created_at.timestamp(), keys.encode(agent.id))
+
+
+def _by_time(where: dict[str, Any]) -> dict[str, Any]:
+    """Ask for a time in any case: through an index by time hidden agents are not met."""
+    return where or {"created_at": between(None, None)}
+
+
+def _by_state(tool: ToolStats) -> dict[str, int]:
+    states = {"pending": tool.pending, "completed": tool.completed, "failed": tool.failed}
+    return {state: count for state, count in states.items() if count}
+
+
+def _add(total: dict[str, int], counts: Mapping[str, int]) -> None:
+    for name, count in counts.items():
+        total[name] = total.get(name, 0) + count
 
 
 _lock: Final = Lock()

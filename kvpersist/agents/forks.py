@@ -7,29 +7,31 @@ a crash left is found by it and deleted, as any agent is, by the next `open` or 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 
+from kvpersist.agents.deletion import Cascade, require
+from kvpersist.agents.family import Children, Family, Records
 from kvpersist.agents.history import Compressions, RecoveredFiles, Windows
 from kvpersist.agents.media import MediaCache
 from kvpersist.agents.messages import Messages
 from kvpersist.agents.records import Session
 from kvpersist.agents.sessions import Sessions
 from kvpersist.agents.snapshots import Snapshot, Snapshots
-from kvpersist.agents.state import AgentRecords
 from kvpersist.agents.todos import Todos
+from kvpersist.driver import Check
 from kvpersist.errors import ParentGone
 from kvpersist.events import EventEntry, EventQueue, NewEvent
-from kvpersist.repository import Repository
+from kvpersist.events.removal import remove_topic
+from kvpersist.store import Store
 
 if TYPE_CHECKING:
-    from kvpersist.agents.agents import Agent
-    from kvpersist.agents.family import Parents
+    from kvpersist.agents.agents import Agent, AgentParents
 
-__all__ = ["AgentForks", "Forking"]
+__all__ = ["AgentForks", "Forking", "topic_cascade"]
 
 _LEFT: Final = timedelta(minutes=10)  # without a sign of life, after which a fork is what a crash left
 _PAGE: Final = 250  # messages read at once
@@ -49,9 +51,8 @@ class AgentForks:
 
     def __init__(
         self,
-        parents: Parents[Agent],
-        marks: Repository[Forking],
-        now: Callable[[], datetime],
+        family: Family,
+        parents: AgentParents,
         *,
         sessions: Sessions,
         messages: Messages,
@@ -64,14 +65,14 @@ class AgentForks:
         media: MediaCache,
     ) -> None:
         self._parents = parents
-        self._marks = marks
-        self._now = now
+        self._marks = Records(family, Forking, name="agent_fork")
+        self._now = family.now
         self._sessions = sessions
         self._messages = messages
         self._events = events
         self._todos = todos
         self._snapshots = snapshots
-        self._kept: tuple[AgentRecords[Any], ...] = (windows, compressions, recovered_files, media)
+        self._kept: tuple[Children[Any], ...] = (windows, compressions, recovered_files, media)
 
     async def make(self, parent: Agent, news: list[Agent], at: Snapshot | None) -> list[Agent]:
         """Fork ``parent`` into ``news``, whose ids are new; return them as stored.
@@ -113,7 +114,7 @@ class AgentForks:
 
     async def _copy(self, parent: Agent, new: Agent, at: Snapshot | None) -> None:
         await self._alive(parent, new)
-        await self._parents.create(msgspec.structs.replace(new, created_at=None, updated_at=None))
+        await self._parents.hide(new)
         places: dict[str, str] = {}  # a session of the parent, and its fork
         async for session, number in self._of(parent, at):
             await self._alive(parent, new)
@@ -122,14 +123,10 @@ class AgentForks:
             await self._unfold(at, new)
         await self._copy_events(parent, new, at)
         await self._alive(parent, new)
-        todos = await self._todos.get(parent.id)
-        if todos is not None:
-            await self._todos.put(msgspec.structs.replace(todos, agent_id=new.id))
+        await self._todos.copy(parent.id, new.id)
         await self._copy_snapshots(parent, new, at, places)
         for kept in self._kept:
-            copies = [
-                msgspec.structs.replace(record, agent_id=new.id) async for record in kept.iterate(parent.id)
-            ]
+            copies = [msgspec.structs.replace(record, agent_id=new.id) for record in await kept.of(parent.id)]
             await kept.replace_all(new.id, copies)
 
     async def _show(self, new: Agent) -> Agent:
@@ -151,19 +148,19 @@ class AgentForks:
         await self._marks.delete(id_)
 
     async def _alive(self, parent: Agent, new: Agent) -> None:
-        await self._marks.put(Forking(new.id, parent.id, self._now()))
+        await self._marks.save(Forking(new.id, parent.id, self._now()))
 
     async def _of(self, parent: Agent, at: Snapshot | None) -> AsyncIterator[tuple[Session, int | None]]:
         """Yield the parent's sessions, oldest first, each with the last number that the fork takes; None: all."""
         sessions = [session async for session in self._sessions.iterate(agent_id=parent.id)]
+        copied = at is not None and at.messages is not None and at.session_id is None  # all that it had said
         for session in reversed(sessions):
             if at is None:
                 yield session, None
             elif session.id == at.session_id and at.number is not None:
                 yield session, at.number
-            elif at.messages is None or at.session_id is not None:
-                if session.created_at is None or at.created_at is None or session.created_at <= at.created_at:
-                    yield session, await self._number_at(session.id, at.created_at)
+            elif not copied and _not_after(session.created_at, at.created_at):
+                yield session, await self._number_at(session.id, at.created_at)
 
     async def _number_at(self, session_id: str, at: datetime | None) -> int:
         """The number of the last message that was there at a time, 0: there was none."""
@@ -185,11 +182,9 @@ class AgentForks:
         copies = [msgspec.structs.replace(each, id="", session_id="", number=0) for each in at.messages or ()]
         await self._messages.append_many(session.id, copies)
 
-    async def _copy_snapshots(
-        self, parent: Agent, new: Agent, at: Snapshot | None, places: Mapping[str, str]
-    ) -> None:
+    async def _copy_snapshots(self, parent: Agent, new: Agent, at: Snapshot | None, places: Mapping[str, str]) -> None:
         copies: list[Snapshot] = []
-        async for snapshot in self._snapshots.iterate(parent.id):
+        for snapshot in await self._snapshots.of(parent.id):
             if at is None or snapshot.id == at.id or _not_after(snapshot.created_at, at.created_at):
                 session_id = places.get(snapshot.session_id or "", snapshot.session_id)
                 copies.append(msgspec.structs.replace(snapshot, agent_id=new.id, session_id=session_id))
@@ -209,8 +204,8 @@ class AgentForks:
 
 def _belongs(entry: EventEntry, at: Snapshot) -> bool:
     """Whether an event is one of those that a snapshot has behind it: by its bookmark, else by its time."""
-    place = entry.bookmark
-    seq: Any = place.get("seq") if isinstance(place, dict) else place  # pyright: ignore[reportUnknownMemberType]
+    place: Any = entry.bookmark
+    seq = cast("dict[str, Any]", place).get("seq") if isinstance(place, dict) else place
     if at.bookmark is not None and type(seq) is int:
         return seq <= at.bookmark.seq
     return _not_after(entry.published_at, at.created_at)
@@ -218,3 +213,18 @@ def _belongs(entry: EventEntry, at: Snapshot) -> bool:
 
 def _not_after(time: datetime | None, end: datetime | None) -> bool:
     return time is None or end is None or time <= end
+
+
+def topic_cascade(events: EventQueue, store: Store) -> Cascade:
+    """Return what removes the topic of a deleted agent."""
+    together = events.store is store and store.capabilities.atomic_batch != "none"
+
+    async def cascade(id_: str, guard: Check) -> None:
+        async def ask() -> None:
+            await require(store, guard)
+
+        await remove_topic(
+            events.store, events.namespace, id_, checks=(guard,) if together else (), ask=None if together else ask
+        )
+
+    return cascade

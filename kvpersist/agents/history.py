@@ -116,7 +116,8 @@ class Compressions(Children[Compression]):
 
 class RecoveredFiles(Children[RecoveredFile]):
     """The recovered files of one namespace, ``db.recovered_files``; those of an agent, or of one of its paths
-    (``find(agent_id=..., path=...)``), are found oldest first."""
+    (``find(agent_id=..., path=...)``), are found oldest first.
+    """
 
     def __init__(self, family: Family, agents: Births) -> None:
         super().__init__(

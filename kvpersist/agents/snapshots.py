@@ -50,9 +50,7 @@ class Snapshots(Children[Snapshot]):
 
     def __init__(self, family: Family, agents: Births, sessions: Sessions, messages: Messages) -> None:
         by_time = Index("agent_id", order_by="-created_at")
-        super().__init__(
-            family, Snapshot, name="snapshot", key=("agent_id", "id"), parents=agents, indexes=[by_time]
-        )
+        super().__init__(family, Snapshot, name="snapshot", key=("agent_id", "id"), parents=agents, indexes=[by_time])
         self._sessions = sessions
         self._messages = messages
 
@@ -63,8 +61,8 @@ class Snapshots(Children[Snapshot]):
     async def save(self, record: Snapshot) -> Snapshot:
         """Store a snapshot, in place of the agent's snapshot of that id if there is one; return it as stored.
 
-        With a ``session_id`` and no ``number`` it is taken of the session as it is now. One that is stored again
-        without a time is as old as it was.
+        With a ``session_id`` and no ``number`` it is taken of the session as it is now. Without
+        a time it is as new as this call, also where it takes the place of another.
 
         Raises:
             ParentGone: there is no such agent, or, without a ``number``, no such session.
@@ -91,7 +89,7 @@ class Snapshots(Children[Snapshot]):
 
     async def _placed(self, snapshot: Snapshot) -> Snapshot:
         """Return a copy with its id and its place in its session."""
-        placed = msgspec.structs.replace(snapshot)
+        placed = msgspec.structs.replace(snapshot, created_at=snapshot.created_at or self._family.now())
         if not placed.id and placed.last_safe_point >= 0:
             placed.id = f"sfp-{placed.last_safe_point}"
         if not placed.id:

@@ -10,9 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from kvpersist.agents.agents import Agent, AgentStats
+    from kvpersist.agents.history import (
+        Compression,
+        CompressionConfig,
+        HistoryWindow,
+        RecoveredFile,
+        WindowStats,
+    )
+    from kvpersist.agents.media import Media
     from kvpersist.agents.persistence import Persistence
     from kvpersist.agents.persistence import open as open
     from kvpersist.agents.records import Message, Session, TimelineItem, ToolCall, ToolCallPart
+    from kvpersist.agents.snapshots import Bookmark, Snapshot
+    from kvpersist.agents.todos import Todo, TodoList
     from kvpersist.changes import Change, Watch
     from kvpersist.errors import CommitUnknown, Conflict, EventsExpired, KvError, LeaseLost, Locked, Unavailable
     from kvpersist.events import EventEntry, EventQueue, NewEvent
@@ -24,12 +35,18 @@ if TYPE_CHECKING:
     from kvpersist.transaction import Transaction
 
 __all__ = [
+    "Agent",
+    "AgentStats",
+    "Bookmark",
     "Change",
     "CommitUnknown",
+    "Compression",
+    "CompressionConfig",
     "Conflict",
     "EventEntry",
     "EventQueue",
     "EventsExpired",
+    "HistoryWindow",
     "Holder",
     "Index",
     "Info",
@@ -39,20 +56,26 @@ __all__ = [
     "Lock",
     "Locked",
     "Log",
+    "Media",
     "Message",
     "NewEvent",
     "Page",
     "Persistence",
+    "RecoveredFile",
     "Repository",
     "Session",
+    "Snapshot",
     "Store",
     "TimelineItem",
+    "Todo",
+    "TodoList",
     "ToolCall",
     "ToolCallPart",
     "Transaction",
     "Unavailable",
     "Versioned",
     "Watch",
+    "WindowStats",
     "__version__",
     "at_least",
     "at_most",
@@ -63,8 +86,13 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES: Final = {
+    "kvpersist.agents.agents": ("Agent", "AgentStats"),
+    "kvpersist.agents.history": ("Compression", "CompressionConfig", "HistoryWindow", "RecoveredFile", "WindowStats"),
+    "kvpersist.agents.media": ("Media",),
     "kvpersist.agents.persistence": ("Persistence", "open"),
     "kvpersist.agents.records": ("Message", "Session", "TimelineItem", "ToolCall", "ToolCallPart"),
+    "kvpersist.agents.snapshots": ("Bookmark", "Snapshot"),
+    "kvpersist.agents.todos": ("Todo", "TodoList"),
     "kvpersist.changes": ("Change", "Watch"),
     "kvpersist.errors": (
         "CommitUnknown",

@@ -14,7 +14,7 @@ import msgspec
 
 from kvpersist import keys
 from kvpersist.agents.family import Family, Parents
-from kvpersist.agents.forks import AgentForks
+from kvpersist.agents.agent_forks import AgentForks
 from kvpersist.agents.records import ToolStats
 from kvpersist.agents.sessions import Sessions
 from kvpersist.agents.snapshots import Bookmark, Snapshots, marked

@@ -15,7 +15,7 @@ from kvpersist import keys
 from kvpersist.agents.agents import AgentParents, Agents
 from kvpersist.agents.collections import Collections
 from kvpersist.agents.family import Belongs, Family
-from kvpersist.agents.forks import AgentForks, topic_cascade
+from kvpersist.agents.agent_forks import AgentForks, topic_cascade
 from kvpersist.agents.history import Compressions, RecoveredFiles, Windows
 from kvpersist.agents.media import MediaCache
 from kvpersist.agents.messages import Messages

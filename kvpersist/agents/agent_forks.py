@@ -1,20 +1,22 @@
 """Copying an agent's state into a new one, which is seen when all of it is there, or never.
 
 A fork is made below a *hidden* agent, one without ``created_at``, which no reader is given; the last step
-gives it its time. Before the first step ``ns:agent_fork:<id>`` is written, and it goes after the last: what
-a crash left is found by it and deleted, as any agent is, by the next `open` or the next fork.
+gives it its time. A note of it, ``ns:agent##making:<id>``, is written first, renewed on the way, and removed
+last. What a crash left is deleted, as any agent is, by an `open` or a fork that finds the note ten minutes
+old; whoever is slower than that, and still at it, fails by the note's version.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 
+from kvpersist import keys
 from kvpersist.agents.deletion import Cascade, require
-from kvpersist.agents.family import Children, Family, Records
+from kvpersist.agents.family import Children, Family
 from kvpersist.agents.history import Compressions, RecoveredFiles, Windows
 from kvpersist.agents.media import MediaCache
 from kvpersist.agents.messages import Messages
@@ -22,8 +24,8 @@ from kvpersist.agents.records import Session
 from kvpersist.agents.sessions import Sessions
 from kvpersist.agents.snapshots import Snapshot, Snapshots
 from kvpersist.agents.todos import Todos
-from kvpersist.driver import Check
-from kvpersist.errors import ParentGone
+from kvpersist.driver import ABSENT, Check, Delete, Put
+from kvpersist.errors import Conflict, ParentGone
 from kvpersist.events import EventEntry, EventQueue, NewEvent
 from kvpersist.events.removal import remove_topic
 from kvpersist.store import Store
@@ -31,19 +33,11 @@ from kvpersist.store import Store
 if TYPE_CHECKING:
     from kvpersist.agents.agents import Agent, AgentParents
 
-__all__ = ["AgentForks", "Forking", "topic_cascade"]
+__all__ = ["AgentForks", "topic_cascade"]
 
-_LEFT: Final = timedelta(minutes=10)  # without a sign of life, after which a fork is what a crash left
-_PAGE: Final = 250  # messages read at once
+_IDLE: Final = 600.0  # seconds after which nobody is at it any more
+_PAGE: Final = 250  # messages, or notes, read at once
 _EVENTS: Final = 500  # events copied at once
-
-
-class Forking(msgspec.Struct):
-    """A fork that is being made. ``at``: when its maker last gave a sign of life."""
-
-    id: str
-    parent_id: str
-    at: datetime
 
 
 class AgentForks:
@@ -65,8 +59,10 @@ class AgentForks:
         media: MediaCache,
     ) -> None:
         self._parents = parents
-        self._marks = Records(family, Forking, name="agent_fork")
         self._now = family.now
+        self._store = family.store
+        self._atomic = family.atomic
+        self._notes = f"{family.space}:agent##making:"  # no index has such a name
         self._sessions = sessions
         self._messages = messages
         self._events = events
@@ -83,72 +79,86 @@ class AgentForks:
             ParentGone: a fork was deleted, or taken for left over, while it was made.
         """
         await self.sweep()
-        hidden: list[str] = []
+        notes = {new.id: b"" for new in news}  # versions, while a fork is not shown
         try:
             for new in news:
-                hidden.append(new.id)
-                await self._copy(parent, new, at)
+                await self._copy(parent, new, at, notes)
             shown: list[Agent] = []
             for new in news:
-                shown.append(await self._show(new))
-                hidden.remove(new.id)
+                shown.append(await self._show(new, notes))
+                del notes[new.id]
         except BaseException:  # cancelled too: nothing half made may stay
-            for id_ in hidden:
-                await self._remove(id_)
+            for id_, version in notes.items():
+                if version:
+                    await self._remove(id_)
             raise
-        for new in news:
-            await self._marks.delete(new.id)
+        await self._store._commit_each([[Delete(self._notes + keys.encode(new.id))] for new in news])
         return shown
 
     async def sweep(self) -> int:
-        """Remove what was left of forks whose makers gave no sign of life for 10 minutes; return how many."""
+        """Remove what was left of forks that nobody is at any more; return how many."""
         removed = 0
-        before = self._now() - _LEFT
-        async for mark in self._marks.iterate():
-            if mark.at <= before:
-                await self._remove(mark.id)
-                removed += 1
+        start: str | None = self._notes
+        while start is not None:
+            page = await self._store._scan(start, keys.prefix_end(self._notes), limit=_PAGE)
+            for note in page:
+                if note.value and self._store.clock() - float(note.value) <= _IDLE:
+                    continue
+                try:
+                    await self._store._commit([Put(note.key, b"", note.version)])
+                except Conflict:  # its maker goes on after all, or another removes it
+                    continue
+                removed += await self._remove(keys.unescape(note.key[len(self._notes) :]))
+            start = page[-1].key + "!" if len(page) == _PAGE else None
         return removed
 
     # ---- private
 
-    async def _copy(self, parent: Agent, new: Agent, at: Snapshot | None) -> None:
-        await self._alive(parent, new)
+    async def _copy(self, parent: Agent, new: Agent, at: Snapshot | None, notes: dict[str, bytes]) -> None:
+        await self._renew(new.id, notes)
         await self._parents.hide(new)
         places: dict[str, str] = {}  # a session of the parent, and its fork
         async for session, number in self._of(parent, at):
-            await self._alive(parent, new)
             places[session.id] = await self._fork(session, number, new)
+            await self._renew(new.id, notes)
         if at is not None and at.messages is not None and at.session_id not in places:
             await self._unfold(at, new)
         await self._copy_events(parent, new, at)
-        await self._alive(parent, new)
+        await self._renew(new.id, notes)
         await self._todos.copy(parent.id, new.id)
         await self._copy_snapshots(parent, new, at, places)
         for kept in self._kept:
             copies = [msgspec.structs.replace(record, agent_id=new.id) for record in await kept.of(parent.id)]
             await kept.replace_all(new.id, copies)
 
-    async def _show(self, new: Agent) -> Agent:
-        now = self._now()
+    async def _renew(self, id_: str, notes: dict[str, bytes]) -> None:
+        """Say that somebody is at it. Raises ParentGone where it was taken for left over."""
+        put = Put(self._notes + keys.encode(id_), b"%d" % self._store.clock(), notes[id_] or ABSENT)
+        try:
+            notes[id_] = await self._store._commit([put])
+        except Conflict as conflict:
+            raise ParentGone("agent", id_) from conflict
 
-        def show(hidden: Agent) -> Agent:
-            return msgspec.structs.replace(hidden, created_at=now, updated_at=now)
-
-        shown = await self._parents.update(new.id, show)
+    async def _show(self, new: Agent, notes: dict[str, bytes]) -> Agent:
+        """Let the agent be seen, on condition of its note: in one batch where batches are atomic."""
+        await self._renew(new.id, notes)
+        also = [Put(self._notes + keys.encode(new.id), b"0", notes[new.id])] if self._atomic else []
+        try:
+            shown = await self._parents.show(new.id, also)
+        except Conflict as conflict:
+            raise ParentGone("agent", new.id) from conflict
         if shown is None:
             raise ParentGone("agent", new.id)
         return shown
 
-    async def _remove(self, id_: str) -> None:
-        """Remove a fork that was never shown, and its mark."""
+    async def _remove(self, id_: str) -> bool:
+        """Remove a fork that was not shown, and its note; False: it was shown."""
         found = await self._parents.get(id_)
-        if found is None or found.created_at is None:
+        hidden = found is None or found.created_at is None
+        if hidden:
             await self._parents.delete(id_)
-        await self._marks.delete(id_)
-
-    async def _alive(self, parent: Agent, new: Agent) -> None:
-        await self._marks.save(Forking(new.id, parent.id, self._now()))
+        await self._store._commit([Delete(self._notes + keys.encode(id_))])
+        return hidden
 
     async def _of(self, parent: Agent, at: Snapshot | None) -> AsyncIterator[tuple[Session, int | None]]:
         """Yield the parent's sessions, oldest first, each with the last number that the fork takes; None: all."""

@@ -234,7 +234,7 @@ def topic_cascade(events: EventQueue, store: Store) -> Cascade:
             await require(store, guard)
 
         await remove_topic(
-            events.store, events.namespace, id_, checks=(guard,) if together else (), ask=None if together else ask
+            events.store, events._log, id_, checks=(guard,) if together else (), ask=None if together else ask
         )
 
     return cascade

@@ -84,7 +84,10 @@ async def space(driver: Any) -> dict[str, bytes]:
     return {
         entry.key: entry.value
         for entry in found
-        if entry.value not in (b"", b"done") and not entry.key.startswith("kvpersist:") and "#def" not in entry.key
+        if entry.value != b""
+        and entry.expires_at is None
+        and not entry.key.startswith("kvpersist:")
+        and "#def" not in entry.key
     }
 
 

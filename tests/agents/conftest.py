@@ -64,7 +64,7 @@ class Counting:
     async def everything(self) -> dict[str, bytes]:
         """The whole key space, without the marks of stores and definitions, and without tombstones."""
         found = await self.driver.scan(None, None, limit=1_000_000)
-        kept = (entry for entry in found if entry.value != b"" and not entry.value.startswith(b"done"))
+        kept = (entry for entry in found if entry.value != b"" and entry.expires_at is None)
         return {
             entry.key: entry.value
             for entry in kept

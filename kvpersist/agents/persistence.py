@@ -12,13 +12,17 @@ from uuid import UUID
 from msgspec import UNSET, UnsetType
 
 from kvpersist import keys
+from kvpersist.agents.agent_forks import AgentForks, topic_cascade
+from kvpersist.agents.agents import AgentParents, Agents
 from kvpersist.agents.collections import Collections
 from kvpersist.agents.confirmations import Confirmations
 from kvpersist.agents.containers import Containers
 from kvpersist.agents.family import Belongs, Family
+from kvpersist.agents.history import Compressions, RecoveredFiles, Windows
 from kvpersist.agents.images import Images
 from kvpersist.agents.login_sessions import LoginSessions
 from kvpersist.agents.making import finish_makings
+from kvpersist.agents.media import MediaCache
 from kvpersist.agents.messages import Messages
 from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.prototypes import Prototypes
@@ -26,7 +30,9 @@ from kvpersist.agents.providers import Providers
 from kvpersist.agents.records import Message, Session, Stats, TimelineItem, ToolCall
 from kvpersist.agents.secrets import SecretKey, Secrets
 from kvpersist.agents.sessions import Sessions
+from kvpersist.agents.snapshots import Snapshots
 from kvpersist.agents.stat import tool_stats
+from kvpersist.agents.todos import Todos
 from kvpersist.agents.tool_calls import ToolCalls
 from kvpersist.agents.traces import Traces
 from kvpersist.agents.turns import Turns
@@ -58,6 +64,7 @@ class Persistence:
     Attributes:
         store: plain keys beside the records, in namespaces of their own.
         sessions, messages, tool_calls: the records.
+        agents, todos, snapshots, windows, compressions, recovered_files, media: agents, and their state.
         confirmations, traces: what belongs to sessions, too.
         containers, images, prototypes, providers: what sessions are made in, and of.
         login_sessions: who is logged in.
@@ -125,6 +132,29 @@ class Persistence:
         self.sessions._belong(Belongs("container_id", containers))
         self.sessions._belong(Belongs("image_id", self.images.births, cascade=False))
         self.events = EventQueue(store, namespace=namespace, **(events or {}))
+        agents = AgentParents(self._family)
+        self.sessions._belong(Belongs("agent_id", agents.births, optional=True))
+        agents.births.also(topic_cascade(self.events, store))
+        self.todos = Todos(self._family, agents.births)
+        self.snapshots = Snapshots(self._family, agents.births, self.sessions, self.messages)
+        self.windows = Windows(self._family, agents.births)
+        self.compressions = Compressions(self._family, agents.births)
+        self.recovered_files = RecoveredFiles(self._family, agents.births)
+        self.media = MediaCache(self._family, agents.births)
+        self._forks = AgentForks(
+            self._family,
+            agents,
+            sessions=self.sessions,
+            messages=self.messages,
+            events=self.events,
+            todos=self.todos,
+            snapshots=self.snapshots,
+            windows=self.windows,
+            compressions=self.compressions,
+            recovered_files=self.recovered_files,
+            media=self.media,
+        )
+        self.agents = Agents(agents, self.sessions, self.snapshots, self._forks)
         self._owns_store = owns_store
 
     def repository(
@@ -300,6 +330,7 @@ def open(
             with suppress(ReadOnly):  # whoever may write finishes them; what is left is not seen here either
                 await db._family.finish_all()
                 await finish_makings(db._all)
+                await db._forks.sweep()
         except BaseException:  # cancelled too: nothing may stay open
             if owns:
                 await store.close()

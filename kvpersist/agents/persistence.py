@@ -14,6 +14,7 @@ from msgspec import UNSET, UnsetType
 from kvpersist import keys
 from kvpersist.agents.collections import Collections
 from kvpersist.agents.deletion import Deletions
+from kvpersist.agents.finders import SESSION_INDEXES
 from kvpersist.agents.messages import Messages
 from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.records import Message, Session, Stats, TimelineItem, ToolCall
@@ -71,7 +72,7 @@ class Persistence:
             Session,
             name="session",
             namespace=namespace,
-            indexes=[Index("user_id", order_by="-created_at"), Index(order_by="-created_at"), *_own(session_indexes)],
+            indexes=[*SESSION_INDEXES, *_own(session_indexes)],
         )
         messages = Repository(
             store,
@@ -285,7 +286,14 @@ def _own(indexes: Iterable[Index]) -> list[Index]:
     for index in declared:
         if index.name == "updated" or "updated_at" in (*index.fields, (index.order_by or "").removeprefix("-")):
             raise BadOption("session_indexes", "updated_at is kept beside the record: use sessions.recent()")
-    return declared
+    usual = {index.name: index for index in SESSION_INDEXES}
+    return [index for index in declared if not _same(index, usual.get(index.name))]
+
+
+def _same(index: Index, other: Index | None) -> bool:
+    """Whether an index is declared already: it is among the usual ones."""
+    parts = ("fields", "order_by", "unique", "multi", "version", "type")
+    return other is not None and all(getattr(index, part) == getattr(other, part) for part in parts)
 
 
 def _add(total: dict[str, int], counts: Mapping[str, int]) -> None:

@@ -38,9 +38,7 @@ __all__ = [
     "words",
 ]
 
-CONTENT_TYPES: Final = frozenset(
-    ("text", "reasoning", "tool_use", "tool_result", "image", "audio", "video", "file")
-)
+CONTENT_TYPES: Final = frozenset(("text", "reasoning", "tool_use", "tool_result", "image", "audio", "video", "file"))
 """The names that several spellings share."""
 
 TEXT_INDEX: Final = "terms"
@@ -81,7 +79,16 @@ _NAMES: Final = {name: name for name in CONTENT_TYPES} | {
     spelling: name for name, spellings in _SPELLINGS.items() for spelling in spellings
 }
 _MEDIA: Final = frozenset(("image", "audio", "video", "file"))
-_LABELS: Final = ("text", "filename", "name", "title", "caption", "alt", "transcript", "context")  # of media, to be read
+_LABELS: Final = (
+    "text",
+    "filename",
+    "name",
+    "title",
+    "caption",
+    "alt",
+    "transcript",
+    "context",
+)  # of media, to be read
 _UNREAD: Final = frozenset(  # what names, signs or carries something, and is not text
     (
         "type",
@@ -117,7 +124,7 @@ def content_types(message: Message) -> frozenset[str]:
     inside a result counts as well, but for its text: that is the result's.
 
     Example:
-        >>> sorted(content_types(Message("user", [{"type": "input_text", "text": "what is it?"}, {"type": "image_url"}])))
+        >>> sorted(content_types(Message("user", [{"type": "input_text", "text": "Look!"}, {"type": "image_url"}])))
         ['image', 'text']
     """
     found = set(_types(message.content))
@@ -133,14 +140,14 @@ def content_types(message: Message) -> frozenset[str]:
 
 
 def text_of(content: Any) -> str:
-    """Return the text that a content has to be read, the pieces joined by line ends.
+    r"""Return the text that a content has to be read, the pieces joined by line ends.
 
     That is every text in it but names, types, links to media, and data: of media only file names,
     titles and transcripts. Reasoning and the results of tools are text, too.
 
     Example:
         >>> text_of([{"type": "text", "text": "Late?"}, {"type": "image", "data": "iVBOR", "filename": "map.png"}])
-        'Late?\\nmap.png'
+        'Late?\nmap.png'
     """
     return content if isinstance(content, str) else "\n".join(_texts(content))
 

@@ -6,16 +6,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
-import msgspec
-
 from kvpersist import keys
 from kvpersist.agents.collections import Collections
-from kvpersist.agents.content import content_types, folded, text_of
+from kvpersist.agents.content import MORE, TEXT_INDEX, content_types, folded, lookup, text_of
 from kvpersist.agents.queries import (
     Asked,
     Choice,
     Chunk,
     Finder,
+    Found,
     Indexed,
     Merged,
     Nested,
@@ -35,10 +34,10 @@ from kvpersist.agents.queries import (
 from kvpersist.agents.records import ROLES, TOOL_CALL_STATES, Message, Session, ToolCall
 from kvpersist.agents.stat import Stat
 from kvpersist.agents.turns import EXACT
-from kvpersist.errors import BadRequest, CorruptRecord, IndexNotReady, KvError, NoIndex
+from kvpersist.errors import BadRequest, IndexNotReady, KvError, NoIndex
 from kvpersist.index import Index
 from kvpersist.index.declaration import Range
-from kvpersist.index.reads import OnCorrupt, Query
+from kvpersist.index.reads import OnCorrupt, Query, decoded
 from kvpersist.index.writer import live
 from kvpersist.log import read_range
 from kvpersist.repository import Repository
@@ -58,6 +57,7 @@ SESSION_ORDERS: Final = ("created_at", "updated_at", "title", "message_count", "
 
 _DESCENDING: Final = frozenset(("created_at", "updated_at", "message_count"))  # what positions hold greatest first
 _SESSION_ALIASES: Final = {"created": "created_at", "updated": "updated_at"}
+_KEYS: Final = 1_000  # keys of the index of words read at once
 _WINDOW: Final = 16  # messages whose calls are read at once where a backend only reads upwards
 _NARROW: Final = "Name an owner or a time, declare an index, or pass scan=True to read everything"
 _MORE: Final = "Narrow it, declare an index, raise scanned=, go on by page(), or pass scan=True"
@@ -155,10 +155,8 @@ class SessionFinder(_Finder[Session]):
 
     collection: ClassVar[str] = "session"
 
-    def __init__(self, collections: Collections, stats: Callable[[Sequence[str]], Awaitable[Sequence[Stat | None]]]):
-        """``stats`` reads what is counted beside sessions, by their encoded ids."""
+    def __init__(self, collections: Collections) -> None:
         super().__init__(collections, collections.sessions)
-        self._stats = stats
         self._atomic = collections.store.capabilities.atomic_batch != "none"
 
     @staticmethod
@@ -184,7 +182,14 @@ class SessionFinder(_Finder[Session]):
 
         def make(reverse: bool) -> Source[Timed]:
             if chosen.order == "updated_at":
-                updated: Source[Timed] = _Updated(self._all, self._stats, chosen.query, reverse=reverse, atomic=self._atomic)
+                updated = _Updated(
+                    self._all,
+                    self.stats,
+                    chosen.query,
+                    reverse=reverse,
+                    atomic=self._atomic,
+                    on_corrupt=asked.on_corrupt,
+                )
                 return passing(updated, [_of_session(test) for test in before] + after)
             indexed = Indexed(self._repository, chosen.query, reverse=reverse, on_corrupt=asked.on_corrupt)
             return passing(Through(passing(indexed, before), self._timed), after)
@@ -201,7 +206,9 @@ class SessionFinder(_Finder[Session]):
         if unready is not None and free and not rest and chosen.order == "id" and order is None:
             raise IndexNotReady(self.collection, unready)
         most = None if asked.scan or is_sorted or not rest else asked.scanned
-        return Plan(source=source, eager=is_sorted or not rest, most=most, refusal=refusal, count=self._count(chosen, rest))
+        return Plan(
+            source=source, eager=is_sorted or not rest, most=most, refusal=refusal, count=self._count(chosen, rest)
+        )
 
     async def finished(self, records: list[Timed], on_corrupt: OnCorrupt | None) -> list[Session]:
         """As `Finder.finished`."""
@@ -227,6 +234,15 @@ class SessionFinder(_Finder[Session]):
             if at is None:
                 return
 
+    async def stats(self, parts: Sequence[str]) -> list[Stat | None]:
+        """Read what is counted beside sessions, by their encoded ids: one read.
+
+        What is damaged counts as missing here, and the next write below the session mends it.
+        """
+        prefix = self._all.stat_prefix
+        entries = await self._store._entries([prefix + part for part in parts])
+        return [next(decoded(self._all.stats, (entry,), _passed_over), None) if entry else None for entry in entries]
+
     async def _chosen(self, where: Where, order: str | None) -> tuple[Chosen, str | None]:
         prefix = self._all.session_prefix
         label = None if order is None else order.removeprefix("-")
@@ -243,7 +259,9 @@ class SessionFinder(_Finder[Session]):
             return found, unready
         if start:
             key = prefix + keys.escape(start)
-            return Chosen(self._between(key, keys.prefix_end(key)), frozenset(("id_prefix",)), "id", False, True), unready
+            return Chosen(
+                self._between(key, keys.prefix_end(key)), frozenset(("id_prefix",)), "id", False, True
+            ), unready
         ranges = [each for each in choices if each.where and each not in exact]
         found, late = await self._ready(ranges)
         unready = unready or late
@@ -285,7 +303,7 @@ class SessionFinder(_Finder[Session]):
 
     async def _timed(self, items: list[tuple[str, Session]]) -> list[Timed | None]:
         sessions = [session for _, session in items]
-        stats = await self._stats([keys.encode(session.id) for session in sessions])
+        stats = await self.stats([keys.encode(session.id) for session in sessions])
         for session, stat in zip(sessions, stats, strict=True):
             session.updated_at = session.created_at if stat is None else stat.updated_at
         return [Timed(session, stat) for session, stat in zip(sessions, stats, strict=True)]
@@ -302,14 +320,15 @@ class _Updated(Source[Timed]):
     def __init__(
         self,
         collections: Collections,
-        stats: Callable[[Sequence[str]], Awaitable[Sequence[Stat | None]]],
+        stats: Callable[[Sequence[str]], Awaitable[list[Stat | None]]],
         query: Query,
         *,
         reverse: bool,
         atomic: bool,
+        on_corrupt: OnCorrupt | None,
     ) -> None:
         self._all, self._stats, self._query = collections, stats, query
-        self._reverse, self._atomic = reverse, atomic
+        self._reverse, self._atomic, self._on_corrupt = reverse, atomic, on_corrupt
 
     async def read(self, after: str | None, limit: int) -> Chunk[Timed]:
         """As `Source.read`."""
@@ -328,9 +347,9 @@ class _Updated(Source[Timed]):
             now = every.updated_key(part, stat.indexed_at)
             if entry.key != now and (not self._atomic or (now < entry.key) is self._reverse):
                 continue  # a crash left it; or it moved since the scan, to where it will be met
-            session = every.sessions._codec.decode(target.key, target.value)
-            session.updated_at = stat.updated_at
-            items.append((entry.key[len(query.base) :], Timed(session, stat)))
+            for session in decoded(every.sessions._codec, (target,), self._on_corrupt):
+                session.updated_at = stat.updated_at
+                items.append((entry.key[len(query.base) :], Timed(session, stat)))
         return Chunk(items, len(page), page[-1].key[len(query.base) :] if len(page) == limit else None)
 
 
@@ -377,16 +396,65 @@ class MessageFinder(_Finder[Message]):
         """As `Finder.finished`."""
         return records
 
+    async def search(self, asked: Asked, limit: int) -> Found[Message]:
+        """Find messages of all sessions, or of an owner's, by a text: through the index of words if there is one."""
+        text = folded(asked.where["text"])
+        term = lookup(text)
+        [bound] = [each for each in self._repository.indexes if each.name == TEXT_INDEX] or [None]
+        if bound is None or term is None:
+            return await self.some(asked, limit)
+        while True:
+            query = await self._repository._reader.through(bound, {TEXT_INDEX: MORE})
+            if query is None:
+                raise IndexNotReady(self.collection, TEXT_INDEX)
+            ids, complete = await self._looked_up(query, *term, asked.scanned)
+            if await self._repository._reader.unchanged(query):
+                break
+        owners = {label: value for label, value in asked.where.items() if label in self._owners}
+        tests = self._tests({label: value for label, value in asked.where.items() if label not in owners})
+        source = passing(_Listed(self._repository, ids, asked.on_corrupt), tests)
+        if owners:
+            source = Through(source, lambda items: self._owned(items, owners))
+        plan = Plan(source=source, eager=False, most=None, refusal=self._never_refused)
+        found = await self.some(asked, limit, plan)
+        return Found(found, indexed=True, complete=complete)
+
+    async def _looked_up(self, query: Query, term: str, open_end: bool, most: int) -> tuple[list[str], bool]:
+        """The keys of messages with a term, or a longer one, or with too many; the newest first. Only keys are read."""
+        assert query.slot is not None
+        prefix = query.slot.prefix
+        start = prefix + keys.escape(term) + ("" if open_end else "!")
+        times: dict[str, str] = {}
+        read = 0
+        for low in (start, query.base):
+            end, at = keys.prefix_end(low), low
+            while read < most:
+                size = min(_KEYS, most - read)
+                page = await self._store._scan(at, end, limit=size, keys_only=True)
+                read += len(page)
+                for entry in page:
+                    _, time, pk = entry.key[len(prefix) :].split("!", 2)
+                    times[pk] = time
+                if len(page) < size:
+                    break
+                at = page[-1].key + "!"
+        return sorted(times, key=lambda pk: (times[pk], pk)), read < most
+
     async def _in_session(self, asked: Asked, session_id: str, owners: Where, rest: Where) -> Plan[Message]:
+        rest = dict(rest)
+        low, high = _numbers(rest)
         tests = self._tests(rest)
         order = asked.order or "asc"
         if owners and not await self._belongs(session_id, owners):
             tests = [_never]
         by_time = order in ("created_at", "-created_at")
-        source = passing(self._numbered(keys.encode(session_id), order == "desc", asked.on_corrupt), tests)
+        part = keys.encode(session_id)
+        numbered = _Numbered(self._all, part, order == "desc", self._last_number, asked.on_corrupt, low, high)
+        source = passing(numbered, tests)
         if by_time:
             source = self._by_time(source, order, None)
-        return Plan(source=source, eager=by_time or not tests, most=None, refusal=self._never_refused)
+        most = asked.scanned if asked.partial else None
+        return Plan(source=source, eager=by_time or not tests, most=most, refusal=self._never_refused)
 
     def _indexed(self, asked: Asked, chosen: Chosen, owners: Where, where: Where) -> Plan[Message]:
         rest = {label: value for label, value in where.items() if label not in chosen.used}
@@ -414,7 +482,7 @@ class MessageFinder(_Finder[Message]):
         tests = self._tests(rest)
         order = asked.order or "desc"
         by_time = order in ("created_at", "-created_at")
-        if not owners and not asked.scan and (rest or by_time):
+        if not owners and not asked.scan and not asked.partial and (rest or by_time):
             raise self._wide(asked, unready, rest or f"order={order}")
         newest_first = order != "asc"
         outer_order = "-created_at" if newest_first else "created_at"
@@ -422,7 +490,9 @@ class MessageFinder(_Finder[Message]):
         outer = (await self._sessions.plan(parents)).source
         nested = Nested(
             outer,
-            lambda position: self._numbered(position.rpartition("!")[2], newest_first and not by_time, asked.on_corrupt),
+            lambda position: self._numbered(
+                position.rpartition("!")[2], newest_first and not by_time, asked.on_corrupt
+            ),
         )
         source = passing(nested, tests)
 
@@ -475,30 +545,54 @@ class _Numbered(Source[Message]):
         reverse: bool,
         last_number: Callable[[str], Awaitable[int]],
         on_corrupt: OnCorrupt | None,
+        low: int = 1,
+        high: int | None = None,
     ) -> None:
+        """``low`` and ``high``: the first and the last number there may be."""
         self._all, self._part, self._reverse = collections, part, reverse
         self._last_number, self._on_corrupt = last_number, on_corrupt
+        self._low, self._end = max(0, low - 1), None if high is None else high + 1
 
     async def read(self, after: str | None, limit: int) -> Chunk[Message]:
         """As `Source.read`."""
         prefix = f"{self._all.message_prefix}{self._part}!"
-        number = None if after is None else keys.decode(after, int)
-        low, high = (0, number) if self._reverse else (number or 0, None)
+        low, high = self._low, self._end
+        if after is not None and self._reverse:
+            high = keys.decode(after, int)
+        elif after is not None:
+            low = keys.decode(after, int)
         session_id = keys.unescape(self._part)
         found = await read_range(
             self._all.store, prefix, low, high, limit, self._reverse, self._last_number, session_id
         )
-        items: list[tuple[str, Message]] = []
-        for entry in found:
-            try:
-                message = self._all.messages._codec.decode(entry.key, entry.value)
-            except CorruptRecord as error:
-                if self._on_corrupt is None:
-                    raise
-                self._on_corrupt(error)
-                continue
-            items.append((entry.key[len(prefix) :], message))
+        codec = self._all.messages._codec
+        items = [
+            (entry.key[len(prefix) :], message)
+            for entry in found
+            for message in decoded(codec, (entry,), self._on_corrupt)
+        ]
         return Chunk(items, len(found), found[-1].key[len(prefix) :] if len(found) == limit else None)
+
+
+class _Listed(Source[Message]):
+    """The messages of a list of keys; those that are gone are left out."""
+
+    def __init__(self, repository: Repository[Message], pks: Sequence[str], on_corrupt: OnCorrupt | None) -> None:
+        self._repository, self._pks, self._on_corrupt = repository, pks, on_corrupt
+
+    async def read(self, after: str | None, limit: int) -> Chunk[Message]:
+        """As `Source.read`; a position is a place in the list."""
+        begin = 0 if after is None else int(after)
+        prefix = self._repository._prefix
+        pks = self._pks[begin : begin + limit]
+        entries = await self._repository.store._entries([prefix + pk for pk in pks]) if pks else []
+        items: list[tuple[str, Message]] = []
+        for place, entry in enumerate(entries, begin + 1):
+            kept = live(entry)
+            read = () if kept is None else decoded(self._repository._codec, (kept,), self._on_corrupt)
+            items += [(str(place), message) for message in read]
+        end = begin + len(pks)
+        return Chunk(items, len(pks), str(end) if end < len(self._pks) else None)
 
 
 class CallFinder(_Finder[ToolCall]):
@@ -521,9 +615,7 @@ class CallFinder(_Finder[ToolCall]):
     @staticmethod
     def normal(where: Mapping[str, Any]) -> Where:
         """Return conditions in one spelling. Raises BadRequest."""
-        asked = normal(
-            where, {"created": "created_at"}, ("created_at", "started_at", "updated_at", "completed_at")
-        )
+        asked = normal(where, {"created": "created_at"}, ("created_at", "started_at", "updated_at", "completed_at"))
         if isinstance(asked.get("state"), str):
             asked["state"] = asked["state"].lower()
         _refuse_unknown(asked, "state", TOOL_CALL_STATES)
@@ -573,9 +665,7 @@ class CallFinder(_Finder[ToolCall]):
             return self._refusal(rest or f"order={asked.order}")
 
         def make(reverse: bool) -> Source[ToolCall]:
-            return passing(
-                Indexed(self._repository, chosen.query, reverse=reverse, on_corrupt=asked.on_corrupt), tests
-            )
+            return passing(Indexed(self._repository, chosen.query, reverse=reverse, on_corrupt=asked.on_corrupt), tests)
 
         label, descending = chosen.order, chosen.descending
         if asked.order is not None:
@@ -601,11 +691,9 @@ class CallFinder(_Finder[ToolCall]):
             if query is None:
                 raise IndexNotReady(self.collection, self._by_state.name)
             queries.append(query)
-            source: Source[ToolCall] = Indexed(
-                self._repository, query, reverse=reverse, on_corrupt=asked.on_corrupt
-            )
-            doubts = tests if sure else [*tests, lambda call: call.is_error is where["is_error"]]
-            sources.append(passing(source, doubts))
+            source: Source[ToolCall] = Indexed(self._repository, query, reverse=reverse, on_corrupt=asked.on_corrupt)
+            doubts = [] if sure else [_ended(where["is_error"])]
+            sources.append(passing(source, [*tests, *doubts]))
         merged: Source[ToolCall] = Merged(sources, reverse=reverse)
 
         def refusal() -> KvError:
@@ -654,12 +742,8 @@ class _Downwards(Source[ToolCall]):
             position = entry.key[len(prefix) :]
             if after is not None and position >= after:
                 continue
-            try:
-                items.append((position, self._all.tool_calls._codec.decode(entry.key, entry.value)))
-            except CorruptRecord as error:
-                if self._on_corrupt is None:
-                    raise
-                self._on_corrupt(error)
+            read = decoded(self._all.tool_calls._codec, (entry,), self._on_corrupt)
+            items += [(position, call) for call in read]
         items.reverse()
         if len(items) > limit:
             return Chunk(items[:limit], limit, items[limit - 1][0])
@@ -699,12 +783,20 @@ def _decided(asked: str) -> Test:
     return lambda call: call.approval is not None and call.approval.decision == asked
 
 
+def _ended(is_error: bool) -> Test:
+    return lambda call: call.is_error is is_error
+
+
 _MESSAGE_TESTS: Final[dict[str, Callable[[Any], Test]]] = {
     "text": _saying,
     "content_type": _made_of,
     "has_tool_calls": _calling,
 }
 _CALL_TESTS: Final[dict[str, Callable[[Any], Test]]] = {"has_approval": _approved, "decision": _decided}
+
+
+def _passed_over(_: object) -> None:
+    """A damaged stat is told of by `Persistence.stats`."""
 
 
 def _never(_: object) -> bool:
@@ -717,6 +809,16 @@ def _of_session(test: Test) -> Test:
 
 def _owned_by(session: Session, owners: Where) -> bool:
     return all(within(getattr(session, owner), value) for owner, value in owners.items())
+
+
+def _numbers(where: Where) -> tuple[int, int | None]:
+    """Take what is asked of a message's number out of the conditions: the first and the last there may be."""
+    asked = where.get("number")
+    low, high = (asked.low, asked.high) if isinstance(asked, Range) else (asked, asked)
+    if asked is None or not all(each is None or type(each) is int for each in (low, high)):
+        return 1, None
+    del where["number"]
+    return 1 if low is None else low, high
 
 
 def _refuse_unknown(asked: Where, label: str, known: frozenset[str]) -> None:

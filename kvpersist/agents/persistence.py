@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, Literal, Self, TypeVar
 from uuid import UUID
@@ -13,6 +13,7 @@ from msgspec import UNSET, UnsetType
 
 from kvpersist import keys
 from kvpersist.agents.collections import Collections
+from kvpersist.agents.content import text_index as words_index
 from kvpersist.agents.deletion import Deletions
 from kvpersist.agents.finders import SESSION_INDEXES
 from kvpersist.agents.messages import Messages
@@ -21,7 +22,7 @@ from kvpersist.agents.records import Message, Session, Stats, TimelineItem, Tool
 from kvpersist.agents.sessions import Sessions
 from kvpersist.agents.tool_calls import ToolCalls
 from kvpersist.agents.turns import Turns
-from kvpersist.driver import Clock, Driver
+from kvpersist.driver import Clock, Driver, Entry
 from kvpersist.errors import BadOption, ReadOnly
 from kvpersist.events import EventQueue
 from kvpersist.events.queue import COLLECTIONS
@@ -39,7 +40,15 @@ __all__ = ["Persistence", "open"]
 R = TypeVar("R")
 
 _PAGE = 500  # stats read at once
-_ARGUMENTS = ("namespace", "session_indexes", "message_indexes", "tool_call_indexes", "events", "clock")  # of `open`
+_ARGUMENTS = (  # of `open`
+    "namespace",
+    "session_indexes",
+    "message_indexes",
+    "tool_call_indexes",
+    "text_index",
+    "events",
+    "clock",
+)
 _COLLECTIONS = frozenset(("session", "message", "tool_call", *COLLECTIONS))
 
 
@@ -60,6 +69,7 @@ class Persistence:
         session_indexes: Iterable[Index] = (),
         message_indexes: Iterable[Index] = (),
         tool_call_indexes: Iterable[Index] = (),
+        text_index: bool = False,
         events: Mapping[str, Any] | None = None,
         owns_store: bool = False,
     ) -> None:
@@ -80,7 +90,7 @@ class Persistence:
             name="message",
             key=("session_id", "number"),
             namespace=namespace,
-            indexes=[Index("id", unique=True), *message_indexes],
+            indexes=[Index("id", unique=True), *message_indexes, *([words_index()] if text_index else ())],
         )
         tool_calls = Repository(
             store,
@@ -99,8 +109,8 @@ class Persistence:
         turns = Turns(self._all) if atomic else OrderedTurns(self._all)
         self._deletions = Deletions(self._all)
         self.sessions = Sessions(self._all, turns, self._deletions)
-        self.messages = Messages(self._all, turns)
-        self.tool_calls = ToolCalls(self._all, turns)
+        self.messages = Messages(self._all, turns, self.sessions._finder)
+        self.tool_calls = ToolCalls(self._all, turns, self.messages)
         self.events = EventQueue(store, namespace=namespace, **(events or {}))
         self._owns_store = owns_store
 
@@ -179,18 +189,29 @@ class Persistence:
                 items[call.result_number].answers = call
         return list(items.values())
 
-    async def stats(self, *, on_corrupt: OnCorrupt | None = None) -> Stats:
-        """Count everything in the namespace from the sessions' stats: no message or call is read.
+    async def stats(
+        self,
+        *,
+        user_id: str | UUID | None = None,
+        agent_id: str | UUID | None = None,
+        session_id: str | UUID | None = None,
+        on_corrupt: OnCorrupt | None = None,
+    ) -> Stats:
+        """Count what the namespace holds, or what belongs to a user, an agent or one session.
+
+        It is told by the sessions' stats: no message or call is read.
 
         Args:
             on_corrupt: is handed the error of each damaged stat, whose session is then not counted (the
                 next write to it mends it); without it, the error is raised.
+
+        Raises:
+            IndexNotReady: by an agent, where sessions are older than that index: `reindex` first.
         """
         total = Stats()
-        prefix = self._all.stat_prefix
-        start, end = prefix, keys.prefix_end(prefix)
-        while True:
-            page = await self.store._scan(start, end, limit=_PAGE)
+        given = {"user_id": user_id, "agent_id": agent_id, "id": session_id}
+        where = {label: str(value) for label, value in given.items() if value is not None}
+        async for page in self._stat_pages(where):
             for stat in decoded(self._all.stats, page, on_corrupt):
                 total.sessions += 1
                 total.messages += stat.messages
@@ -201,15 +222,26 @@ class Persistence:
                     total.tool_errors += failed
                     _add(total.tool_calls_by_name, {name: calls})
                     _add(total.tool_calls_by_state, {state: count for state, count in states.items() if count})
-            if len(page) < _PAGE:
-                return total
-            start = page[-1].key + "!"  # no key lies between a key and itself + '!'
+        return total
 
     async def close(self) -> None:
         """End what reads events, and close the store if `open` opened it; a second call does nothing."""
         await self.events.close()
         if self._owns_store:
             await self.store.close()
+
+    async def _stat_pages(self, where: dict[str, str]) -> AsyncIterator[list[Entry]]:
+        prefix = self._all.stat_prefix
+        if where:
+            async for parts in self.sessions._finder.parts(where):
+                found = await self.store._entries([prefix + part for part in parts]) if parts else []
+                yield [entry for entry in found if entry is not None]
+            return
+        start: str | None = prefix
+        while start is not None:
+            page = await self.store._scan(start, keys.prefix_end(prefix), limit=_PAGE)
+            yield page
+            start = page[-1].key + "!" if len(page) == _PAGE else None  # no key lies between a key and itself + '!'
 
     async def __aenter__(self) -> Self:
         return self
@@ -225,6 +257,7 @@ def open(
     session_indexes: Iterable[Index] = (),
     message_indexes: Iterable[Index] = (),
     tool_call_indexes: Iterable[Index] = (),
+    text_index: bool = False,
     events: Mapping[str, Any] | None = None,
     codec: Literal["msgpack", "json"] | None = None,
     ttl: float | None | UnsetType = UNSET,
@@ -243,6 +276,8 @@ def open(
             user's data folder.
         namespace: a tenant or application; namespaces of one store do not see each other.
         session_indexes, message_indexes, tool_call_indexes: indexes beyond the usual ones.
+        text_index: keep an index of the words in messages, for `Messages.search`; then every process
+            that writes messages has to.
         events: settings of ``db.events``, such as ``{"retention": 7 * 86_400}``, as for `EventQueue`.
         codec, ttl, timeout, clock, sweep: as for `open_store`. ``ttl`` is for plain keys, and for
             repositories of your own: sessions and what belongs to them do not expire.
@@ -265,6 +300,7 @@ def open(
                 session_indexes=session_indexes,
                 message_indexes=message_indexes,
                 tool_call_indexes=tool_call_indexes,
+                text_index=text_index,
                 events=events,
                 owns_store=owns,
             )

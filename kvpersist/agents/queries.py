@@ -180,9 +180,7 @@ class Merged(Source[R]):
             items, end = items[:limit], items[limit - 1][0]
         # what has given nothing and ended stays at its end, whatever is read next
         self._sources = [
-            source
-            for source, chunk in zip(self._sources, chunks, strict=True)
-            if chunk.items or chunk.at is not None
+            source for source, chunk in zip(self._sources, chunks, strict=True) if chunk.items or chunk.at is not None
         ]
         return Chunk(items, len(items) + passed, end)
 
@@ -343,13 +341,17 @@ class Found(list[R]):
 
 
 class Asked(NamedTuple):
-    """Which records a query asks for, and how it may be answered."""
+    """Which records a query asks for, and how it may be answered.
+
+    ``partial``: what is found among the first ``scanned`` records will do, whatever they are taken from.
+    """
 
     where: Where
     order: str | None
     scanned: int
     scan: bool
     on_corrupt: OnCorrupt | None = None
+    partial: bool = False
 
 
 class Finder(ABC, Generic[S, R]):
@@ -387,11 +389,11 @@ class Finder(ABC, Generic[S, R]):
         found, at, _ = await self._gathered(asked, start, limit, offset, more=True)
         return Page(await self.finished(found, asked.on_corrupt), None if at is None else _sealed(tag, at))
 
-    async def some(self, asked: Asked, limit: int) -> Found[R]:
-        """Return up to ``limit`` records, or those among the records that may be read."""
+    async def some(self, asked: Asked, limit: int, plan: Plan[S] | None = None) -> Found[R]:
+        """Return up to ``limit`` records, or those among the records that may be read; ``plan`` is made already."""
         _refuse_bounds(limit, 0, asked.scanned)
-        found, _, plan = await self._gathered(asked, None, limit, 0)
-        return Found(await self.finished(found, asked.on_corrupt), complete=plan is None)
+        found, _, refused = await self._gathered(asked, None, limit, 0, plan=plan)
+        return Found(await self.finished(found, asked.on_corrupt), complete=refused is None)
 
     async def iterate(self, asked: Asked) -> AsyncIterator[R]:
         """Yield every record, about 250 in memory at a time."""
@@ -431,7 +433,14 @@ class Finder(ABC, Generic[S, R]):
                 raise plan.refusal()
 
     async def _gathered(
-        self, asked: Asked, after: str | None, limit: int, offset: int, *, more: bool = False
+        self,
+        asked: Asked,
+        after: str | None,
+        limit: int,
+        offset: int,
+        *,
+        more: bool = False,
+        plan: Plan[S] | None = None,
     ) -> tuple[list[S], str | None, Plan[S] | None]:
         """Return the records wanted, where the next ones begin, and the plan if it read as much as it may before.
 
@@ -439,7 +448,7 @@ class Finder(ABC, Generic[S, R]):
         """
         wanted = offset + limit + more
         while True:
-            plan = await self.plan(asked)
+            plan = plan or await self.plan(asked)
             found: list[tuple[str, S]] = []
             at, passed, refused = after, 0, False
             try:
@@ -454,6 +463,7 @@ class Finder(ABC, Generic[S, R]):
                     if refused := plan.most is not None and passed >= plan.most:
                         break
             except Replaced:
+                plan = None
                 continue
             if len(found) > offset + limit:
                 at = found[offset + limit - 1][0]
@@ -550,7 +560,7 @@ def tests_of(
         BadRequest: no such condition; the error names those there are.
     """
     tests: list[Test] = []
-    fields = type_.__struct_fields__  # type: ignore[attr-defined]
+    fields: tuple[str, ...] = cast("Any", type_).__struct_fields__
     computed = {part.label: part for bound in indexes for part in bound.parts[: bound.fields]}
     for label, asked in where.items():
         if label in special:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Final, TypeAlias
 from uuid import UUID
 
@@ -18,8 +18,8 @@ from kvpersist.agents.queries import SCANNED, Asked
 from kvpersist.agents.records import Session, SessionStat, new_id, utc
 from kvpersist.agents.stat import Parent, Stat
 from kvpersist.agents.turns import Turns, atomic_writer
-from kvpersist.driver import ABSENT, Check, Entry, Op, Put
-from kvpersist.errors import BadRequest, Conflict, CorruptRecord, KeyTooLong, ParentGone, UniqueConflict
+from kvpersist.driver import ABSENT, Check, Op, Put
+from kvpersist.errors import BadRequest, Conflict, KeyTooLong, ParentGone, UniqueConflict
 from kvpersist.index.atomic_writer import IndexOps
 from kvpersist.index.reads import OnCorrupt
 from kvpersist.index.writer import live
@@ -48,7 +48,7 @@ class Sessions:
         self._store = collections.store
         self._turns = turns
         self._deletions = deletions
-        self._finder = SessionFinder(collections, lambda parts: self._stats(parts))
+        self._finder = SessionFinder(collections)
 
     async def create(self, **fields: Any) -> Session:
         """Create a session of the given fields of `Session`; one commit.
@@ -279,18 +279,6 @@ class Sessions:
             Put(self._all.updated_key(part, stat.updated_at), part.encode()),
             Put(key, self._all.packed(key, stat), expect),
         ]
-
-    async def _stats(self, parts: Sequence[str]) -> Sequence[Stat | None]:
-        prefix = self._all.stat_prefix
-        entries = await self._store._entries([prefix + part for part in parts])
-        return [None if entry is None else self._whole(entry) for entry in entries]
-
-    def _whole(self, entry: Entry) -> Stat | None:
-        """Decode a stat; a damaged one counts as missing here, and the next write below the session mends it."""
-        try:
-            return self._all.stat_of(entry)
-        except CorruptRecord:
-            return None
 
     def _asked(
         self, where: dict[str, Any], order: str | None, scanned: int, scan: bool, on_corrupt: OnCorrupt | None

@@ -402,17 +402,23 @@ class Unencodable(BadRequest):
 
 
 class NoIndex(BadRequest):
-    """A query that no declared index answers."""
+    """A query that no declared index answers; ``advice`` says what to do instead."""
 
     code = "KV415"
 
-    def __init__(self, collection: str, asked: str, available: tuple[str, ...]) -> None:
-        super().__init__(collection, asked, available)
-        self.collection, self.asked, self.available = collection, asked, available
+    def __init__(
+        self,
+        collection: str,
+        asked: str,
+        available: tuple[str, ...],
+        advice: str = "Declare one, or use iterate()",
+    ) -> None:
+        super().__init__(collection, asked, available, advice)
+        self.collection, self.asked, self.available, self.advice = collection, asked, available, advice
 
     def __str__(self) -> str:
         known = ", ".join(self.available) or "none"
-        return f"{self.collection!r} has no index for {self.asked}; declared: {known}. Declare one, or use iterate()"
+        return f"{self.collection!r} has no index for {self.asked}; declared: {known}. {self.advice}"
 
 
 class BadCursor(BadRequest):

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, cast
+from typing import Any, Final
 from uuid import UUID
 
 from kvpersist import keys
 from kvpersist.agents.collections import Collections
+from kvpersist.agents.finders import MessageFinder, SessionFinder
 from kvpersist.agents.items import Edit, Remove, Rewritten, Turn, checked
 from kvpersist.agents.ordered import OrderedTurns
+from kvpersist.agents.queries import SCANNED, Asked, Found
 from kvpersist.agents.records import Message
 from kvpersist.agents.repairs import Repairs
 from kvpersist.agents.rewrites import Rewrites
 from kvpersist.agents.turns import Turns
 from kvpersist.driver import Entry
 from kvpersist.errors import BadRequest, KvError, PartlyDone
+from kvpersist.index import at_least
 from kvpersist.index.reads import OnCorrupt, decoded
 from kvpersist.index.writer import live
 from kvpersist.log import read_range
@@ -24,17 +27,17 @@ from kvpersist.repository import Page
 
 __all__ = ["Messages"]
 
-_PAGE: Final = 250  # messages read at once
 _LONGEST: Final = 1_000  # messages of one batch
 
 
 class Messages(Rewrites, Repairs):
     """The messages of one namespace, ``db.messages``."""
 
-    def __init__(self, collections: Collections, turns: Turns | OrderedTurns) -> None:
+    def __init__(self, collections: Collections, turns: Turns | OrderedTurns, sessions: SessionFinder) -> None:
         self._all = collections
         self._store = collections.store
         self._turns = turns
+        self._finder = MessageFinder(collections, sessions, self._last_number)
 
     async def append(self, session_id: str | UUID, message: Message) -> Message:
         """Append one message; return it as stored, with its number. As `append_many`."""
@@ -136,23 +139,45 @@ class Messages(Rewrites, Repairs):
         return list(decoded(self._all.messages._codec, found, on_corrupt))
 
     async def iterate(
-        self, session_id: str | UUID, *, after: int = 0, on_corrupt: OnCorrupt | None = None
+        self,
+        session_id: str | UUID | None = None,
+        *,
+        after: int = 0,
+        order: str | None = None,
+        scanned: int = SCANNED,
+        scan: bool = False,
+        on_corrupt: OnCorrupt | None = None,
+        **where: Any,
     ) -> AsyncIterator[Message]:
-        """Yield a session's messages in order, 250 in memory at a time; those appended meanwhile too.
+        """Yield every message that `find` would, 250 in memory at a time.
 
-        ``on_corrupt`` as for `range`.
+        Those of a session come in order, also those that are appended meanwhile; ``after``: only those
+        with a greater number.
+
+        Raises:
+            BadRequest: ``after`` without a session. As `find`.
         """
-        prefix = self._prefix(session_id)
-        while True:
-            found = await self._entries(session_id, after, None, _PAGE, False)
-            for message in decoded(self._all.messages._codec, found, on_corrupt):
-                yield message
-            if len(found) < _PAGE:
-                return
-            after = keys.decode(found[-1].key[len(prefix) :], int)
+        if after:
+            if session_id is None:
+                raise BadRequest("after is a number in one session: give session_id, or created=at_least(time)")
+            where["number"] = at_least(after + 1)
+        async for message in self._finder.iterate(self._asked(session_id, where, order, scanned, scan, on_corrupt)):
+            yield message
 
-    async def count(self, session_id: str | UUID) -> int:
-        """Count a session's messages, without reading them; 0 where there is no such session."""
+    async def count(
+        self,
+        session_id: str | UUID | None = None,
+        *,
+        scanned: int = SCANNED,
+        scan: bool = False,
+        **where: Any,
+    ) -> int:
+        """Count a session's messages, or those that `find` would return; 0 where there is no such session.
+
+        Without further conditions no message is read.
+        """
+        if session_id is None or where:
+            return await self._finder.count(self._asked(session_id, where, None, scanned, scan, None))
         part = keys.encode(str(session_id))
         [entry] = await self._store._entries([self._all.stat_prefix + part])
         if entry is None:
@@ -162,13 +187,67 @@ class Messages(Rewrites, Repairs):
             stat = await self._turns.stat(str(session_id), stat)
         return stat.messages
 
-    async def find(self, *, limit: int = 100, **where: Any) -> list[Message]:
-        """Return messages of all sessions through an index given as ``message_indexes=``. As `Repository.find`."""
-        return await self._all.messages.find(limit=limit, **where)
+    async def find(
+        self,
+        session_id: str | UUID | None = None,
+        *,
+        limit: int = 100,
+        offset: int = 0,
+        order: str | None = None,
+        scanned: int = SCANNED,
+        scan: bool = False,
+        on_corrupt: OnCorrupt | None = None,
+        **where: Any,
+    ) -> list[Message]:
+        """Return up to ``limit`` messages: ``find(session_id, role="user")``, ``find(user_id="u1", text="tea")``.
 
-    async def page(self, *, limit: int = 100, after: str | None = None, **where: Any) -> Page[Message]:
-        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
-        return await self._all.messages.page(limit=limit, after=after, **where)
+        Conditions: ``user_id``, ``agent_id`` (and the other owners) of the session, ``role``,
+        ``content_type`` (see `content_types`), ``text`` (in the content, in any case), ``created`` (a time,
+        or a range), ``has_tool_calls``, ``name``, ``metadata={path: value}``, and any other field. A
+        session's messages are read from its own range; those of a user or an agent session by session;
+        others through an index given as ``message_indexes=``, of which a field named like an owner is
+        then the message's own.
+
+        Args:
+            offset: leave out so many at first.
+            order: "asc" or "desc": by number in a session, across sessions the oldest or the newest
+                session first; through an index by time. "created_at" or "-created_at": by time, after
+                reading all that is asked for. None: "asc" in a session, else "desc", or as the index is.
+            scanned: records that may be read beyond those given back; a session is read to its end.
+            scan: read any number of them, and the messages of all sessions if nothing narrows it.
+            on_corrupt: is handed the error of each damaged message, which is left out; without it, the
+                error is raised.
+
+        Raises:
+            NoIndex: without ``scan`` all messages, or over ``scanned``, would be read.
+            IndexNotReady: an index for this was declared over records already there: `reindex` first.
+            BadRequest: no such condition, role or order, or a value of another kind.
+        """
+        asked = self._asked(session_id, where, order, scanned, scan, on_corrupt)
+        return await self._finder.find(asked, limit, offset)
+
+    async def page(
+        self,
+        session_id: str | UUID | None = None,
+        *,
+        limit: int = 100,
+        offset: int = 0,
+        after: str | None = None,
+        order: str | None = None,
+        scanned: int = SCANNED,
+        scan: bool = False,
+        on_corrupt: OnCorrupt | None = None,
+        **where: Any,
+    ) -> Page[Message]:
+        """Return one page as `find` does, and the cursor that ``after`` takes for the next.
+
+        Where ``scanned`` records were read before the page was full it is short, and its cursor goes on.
+
+        Raises:
+            BadCursor: it belongs to another query.
+        """
+        asked = self._asked(session_id, where, order, scanned, scan, on_corrupt)
+        return await self._finder.page(asked, limit, offset, after)
 
     async def update(self, id: str | UUID, fn: Callable[[Message], Message]) -> Message | None:
         """Replace a message by what ``fn`` makes of it, and return that; None where there is none.
@@ -200,59 +279,43 @@ class Messages(Rewrites, Repairs):
         user_id: str | None = None,
         session_id: str | UUID | None = None,
         limit: int = 100,
-        scanned: int = 10_000,
+        scanned: int = SCANNED,
         on_corrupt: OnCorrupt | None = None,
-    ) -> list[Message]:
-        """Find messages in whose content ``text`` occurs, in any case, by reading them.
+    ) -> Found[Message]:
+        """Find messages in whose content ``text`` occurs, in any case.
 
-        There is no index behind this: after ``scanned`` messages it ends with what it has found. In one
-        session it starts at the newest message, otherwise at the newest session (by its messages' order).
+        In one session they are read, the newest first. Across sessions the index of words is asked if
+        there is one (``open(text_index=True)``): the newest message comes first, and a text without
+        a space, or the like, is found where a word begins with it. Otherwise messages are read,
+        the newest session first. Either ends with what was found after ``scanned`` messages, or
+        entries of the index: ``complete`` of the answer is False then. ``indexed`` tells which it was.
 
         Args:
             user_id: only in sessions of this user.
             limit: how many to return at most.
-            on_corrupt: as for `range`.
+            on_corrupt: as for `find`.
 
         Raises:
-            BadRequest: ``text`` is empty.
+            BadRequest: ``text`` is empty. IndexNotReady: as `find`.
         """
-        if not text:
-            raise BadRequest("search for a text that is not empty")
-        needle = text.casefold()
-        found: list[Message] = []
-        left = scanned
-        async for session in self._searched(user_id, session_id):
-            before: int | None = None
-            while left > 0 and len(found) < limit:
-                size = min(_PAGE, left)
-                page = await self._entries(session, 0, before, size, True)
-                left -= len(page) or 1
-                read = decoded(self._all.messages._codec, page, on_corrupt)
-                found += [message for message in read if _contains(message.content, needle)]
-                if len(page) < size:
-                    break
-                before = keys.decode(page[-1].key[len(self._prefix(session)) :], int)
-            if left <= 0 or len(found) >= limit:
-                break
-        return found[:limit]
+        where: dict[str, Any] = {"text": text} | ({} if user_id is None else {"user_id": user_id})
+        asked = self._asked(session_id, where, "desc", scanned, False, on_corrupt)._replace(partial=True)
+        return await (self._finder.search(asked, limit) if session_id is None else self._finder.some(asked, limit))
 
-    async def _searched(self, user_id: str | None, session_id: str | UUID | None) -> AsyncIterator[str]:
+    def _asked(
+        self,
+        session_id: str | UUID | None,
+        where: dict[str, Any],
+        order: str | None,
+        scanned: int,
+        scan: bool,
+        on_corrupt: OnCorrupt | None,
+    ) -> Asked:
+        if order not in (None, "asc", "desc", "created_at", "-created_at"):
+            raise BadRequest(f"order={order!r}: use asc, desc, created_at or -created_at")
         if session_id is not None:
-            if user_id is not None:
-                session = await self._all.sessions.get(str(session_id))
-                if session is None or session.user_id != user_id:
-                    return
-            yield str(session_id)
-            return
-        where: dict[str, Any] = {} if user_id is None else {"user_id": user_id}
-        cursor: str | None = None
-        while True:
-            page = await self._all.sessions.page(limit=100, after=cursor, **where)
-            for session in page.items:
-                yield session.id
-            if page.cursor is None:
-                return
-            cursor = page.cursor
+            where = {"session_id": str(session_id)} | where
+        return Asked(MessageFinder.normal(where), order, scanned, scan, on_corrupt)
 
     async def _entries(
         self, session_id: str | UUID, after: int, before: int | None, limit: int, reverse: bool
@@ -272,14 +335,3 @@ class Messages(Rewrites, Repairs):
         if isinstance(self._turns, OrderedTurns):
             stat = await self._turns.stat(session_id, stat)
         return stat.last
-
-
-def _contains(value: Any, needle: str) -> bool:
-    if isinstance(value, str):
-        return needle in value.casefold()
-    if isinstance(value, dict):
-        item = cast("dict[str, Any]", value)
-        return any(_contains(each, needle) for key, each in item.items() if key != "type")
-    if isinstance(value, list):
-        return any(_contains(each, needle) for each in cast("list[Any]", value))
-    return False

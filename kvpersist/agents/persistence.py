@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, Literal, Self, TypeVar
 from uuid import UUID
@@ -17,7 +17,9 @@ from kvpersist.agents.agents import AgentParents, Agents
 from kvpersist.agents.collections import Collections
 from kvpersist.agents.confirmations import Confirmations
 from kvpersist.agents.containers import Containers
+from kvpersist.agents.content import text_index as words_index
 from kvpersist.agents.family import Belongs, Family
+from kvpersist.agents.finders import SESSION_INDEXES
 from kvpersist.agents.history import Compressions, RecoveredFiles, Windows
 from kvpersist.agents.images import Images
 from kvpersist.agents.login_sessions import LoginSessions
@@ -36,7 +38,7 @@ from kvpersist.agents.todos import Todos
 from kvpersist.agents.tool_calls import ToolCalls
 from kvpersist.agents.traces import Traces
 from kvpersist.agents.turns import Turns
-from kvpersist.driver import Clock, Driver
+from kvpersist.driver import Clock, Driver, Entry
 from kvpersist.errors import BadOption, ReadOnly
 from kvpersist.events import EventQueue
 from kvpersist.events.queue import COLLECTIONS
@@ -54,7 +56,16 @@ __all__ = ["Persistence", "open"]
 R = TypeVar("R")
 
 _PAGE = 500  # stats read at once
-_ARGUMENTS = ("namespace", "session_indexes", "message_indexes", "tool_call_indexes", "events", "secret_key", "clock")
+_ARGUMENTS = (  # of `open`
+    "namespace",
+    "session_indexes",
+    "message_indexes",
+    "tool_call_indexes",
+    "text_index",
+    "events",
+    "secret_key",
+    "clock",
+)
 _COLLECTIONS = frozenset(("session", "message", "tool_call", *COLLECTIONS))
 
 
@@ -79,6 +90,7 @@ class Persistence:
         session_indexes: Iterable[Index] = (),
         message_indexes: Iterable[Index] = (),
         tool_call_indexes: Iterable[Index] = (),
+        text_index: bool = False,
         events: Mapping[str, Any] | None = None,
         secret_key: SecretKey | None = None,
         owns_store: bool = False,
@@ -92,7 +104,7 @@ class Persistence:
             Session,
             name="session",
             namespace=namespace,
-            indexes=_own(session_indexes),
+            indexes=[*SESSION_INDEXES, *_own(session_indexes)],
         )
         messages = Repository(
             store,
@@ -100,7 +112,7 @@ class Persistence:
             name="message",
             key=("session_id", "number"),
             namespace=namespace,
-            indexes=[Index("id", unique=True), *message_indexes],
+            indexes=[Index("id", unique=True), *message_indexes, *([words_index()] if text_index else ())],
         )
         tool_calls = Repository(
             store,
@@ -119,8 +131,8 @@ class Persistence:
         atomic = store.capabilities.atomic_batch != "none"
         turns = Turns(self._all) if atomic else OrderedTurns(self._all)
         self.sessions = Sessions(self._all, turns)
-        self.messages = Messages(self._all, turns)
-        self.tool_calls = ToolCalls(self._all, turns)
+        self.messages = Messages(self._all, turns, self.sessions._finder)
+        self.tool_calls = ToolCalls(self._all, turns, self.messages)
         self.confirmations = Confirmations(self._family, self._all.births)
         self.traces = Traces(self._family, self._all.births)
         self.login_sessions = LoginSessions(self._family)
@@ -233,18 +245,29 @@ class Persistence:
                 items[call.result_number].answers = call
         return list(items.values())
 
-    async def stats(self, *, on_corrupt: OnCorrupt | None = None) -> Stats:
-        """Count everything in the namespace from the sessions' stats: no message or call is read.
+    async def stats(
+        self,
+        *,
+        user_id: str | UUID | None = None,
+        agent_id: str | UUID | None = None,
+        session_id: str | UUID | None = None,
+        on_corrupt: OnCorrupt | None = None,
+    ) -> Stats:
+        """Count what the namespace holds, or what belongs to a user, an agent or one session.
+
+        It is told by the sessions' stats: no message or call is read.
 
         Args:
             on_corrupt: is handed the error of each damaged stat, whose session is then not counted (the
                 next write to it mends it); without it, the error is raised.
+
+        Raises:
+            IndexNotReady: by an agent, where sessions are older than that index: `reindex` first.
         """
         total = Stats()
-        prefix = self._all.stat_prefix
-        start, end = prefix, keys.prefix_end(prefix)
-        while True:
-            page = await self.store._scan(start, end, limit=_PAGE)
+        given = {"user_id": user_id, "agent_id": agent_id, "id": session_id}
+        where = {label: str(value) for label, value in given.items() if value is not None}
+        async for page in self._stat_pages(where):
             for stat in decoded(self._all.stats, page, on_corrupt):
                 total.sessions += 1
                 total.messages += stat.messages
@@ -255,15 +278,26 @@ class Persistence:
                     total.tool_errors += tool.failed
                     _add(total.tool_calls_by_name, {name: tool.calls})
                     _add(total.tool_calls_by_state, tool.by_state())
-            if len(page) < _PAGE:
-                return total
-            start = page[-1].key + "!"  # no key lies between a key and itself + '!'
+        return total
 
     async def close(self) -> None:
         """End what reads events, and close the store if `open` opened it; a second call does nothing."""
         await self.events.close()
         if self._owns_store:
             await self.store.close()
+
+    async def _stat_pages(self, where: dict[str, str]) -> AsyncIterator[list[Entry]]:
+        prefix = self._all.stat_prefix
+        if where:
+            async for parts in self.sessions._finder.parts(where):
+                found = await self.store._entries([prefix + part for part in parts]) if parts else []
+                yield [entry for entry in found if entry is not None]
+            return
+        start: str | None = prefix
+        while start is not None:
+            page = await self.store._scan(start, keys.prefix_end(prefix), limit=_PAGE)
+            yield page
+            start = page[-1].key + "!" if len(page) == _PAGE else None  # no key lies between a key and itself + '!'
 
     async def __aenter__(self) -> Self:
         return self
@@ -279,6 +313,7 @@ def open(
     session_indexes: Iterable[Index] = (),
     message_indexes: Iterable[Index] = (),
     tool_call_indexes: Iterable[Index] = (),
+    text_index: bool = False,
     events: Mapping[str, Any] | None = None,
     secret_key: SecretKey | None = None,
     codec: Literal["msgpack", "json"] | None = None,
@@ -298,6 +333,8 @@ def open(
             user's data folder.
         namespace: a tenant or application; namespaces of one store do not see each other.
         session_indexes, message_indexes, tool_call_indexes: indexes beyond the usual ones.
+        text_index: keep an index of the words in messages, for `Messages.search`; then every process
+            that writes messages has to.
         events: settings of ``db.events``, such as ``{"retention": 7 * 86_400}``, as for `EventQueue`.
         secret_key: encrypts the secrets of ``db.providers``: 32 bytes or their base64, or several, of which
             the first encrypts and all decrypt. None: as the variable ``KVPERSIST_SECRET_KEY`` says.
@@ -322,6 +359,7 @@ def open(
                 session_indexes=session_indexes,
                 message_indexes=message_indexes,
                 tool_call_indexes=tool_call_indexes,
+                text_index=text_index,
                 events=events,
                 secret_key=secret_key,
                 owns_store=owns,
@@ -341,20 +379,19 @@ def open(
 
 
 def _own(indexes: Iterable[Index]) -> list[Index]:
-    """Return the indexes of sessions; refuse what cannot be indexed in a session's own record."""
-    usual = [
-        Index("user_id", order_by="-created_at"),
-        Index("agent_id", order_by="-created_at"),
-        Index("container_id", order_by="-created_at"),
-        Index("image_id", order_by="-created_at"),
-        Index(order_by="-created_at"),
-    ]
-    named = {index.name: (index.fields, index.order_by) for index in usual}
-    declared = [index for index in indexes if named.get(index.name) != (index.fields, index.order_by)]
+    """Leave out the usual indexes; refuse what cannot be indexed in a session's own record."""
+    usual = {index.name: index for index in SESSION_INDEXES}
+    declared = [index for index in indexes if not _same(index, usual.get(index.name))]
     for index in declared:
         if index.name == "updated" or "updated_at" in (*index.fields, (index.order_by or "").removeprefix("-")):
             raise BadOption("session_indexes", "updated_at is kept beside the record: use sessions.recent()")
-    return [*usual, *declared]
+    return declared
+
+
+def _same(index: Index, other: Index | None) -> bool:
+    """Whether an index is declared already: it is among the usual ones."""
+    parts = ("fields", "order_by", "unique", "multi", "version", "type")
+    return other is not None and all(getattr(index, part) == getattr(other, part) for part in parts)
 
 
 def _add(total: dict[str, int], counts: Mapping[str, int]) -> None:

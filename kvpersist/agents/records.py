@@ -197,7 +197,7 @@ class SessionStat(msgspec.Struct, kw_only=True):
 
 
 class Stats(msgspec.Struct, kw_only=True):
-    """Counts of a whole namespace."""
+    """Counts of a namespace, or of what belongs to an owner in it."""
 
     sessions: int = 0
     messages: int = 0
@@ -206,6 +206,23 @@ class Stats(msgspec.Struct, kw_only=True):
     tool_calls_by_name: dict[str, int] = msgspec.field(default_factory=dict[str, int])
     tool_calls_by_state: dict[str, int] = msgspec.field(default_factory=dict[str, int])
     tool_errors: int = 0
+
+    @property
+    def messages_per_session(self) -> float | None:
+        """The average; None without sessions."""
+        return self.messages / self.sessions if self.sessions else None
+
+    @property
+    def tool_calls_per_session(self) -> float | None:
+        """The average; None without sessions."""
+        return self.tool_calls / self.sessions if self.sessions else None
+
+    @property
+    def success_rate(self) -> float | None:
+        """Per cent of all calls that are completed; None without calls."""
+        if not self.tool_calls:
+            return None
+        return 100 * self.tool_calls_by_state.get("completed", 0) / self.tool_calls
 
 
 class TimelineItem(msgspec.Struct, kw_only=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeAlias
 from uuid import UUID
 
@@ -12,17 +12,20 @@ from kvpersist import keys
 from kvpersist.agents.collections import Collections
 from kvpersist.agents.deletion import Cascade, belonging
 from kvpersist.agents.family import Belongs
+from kvpersist.agents.finders import SESSION_ORDERS, SessionFinder
 from kvpersist.agents.forks import Forks
 from kvpersist.agents.items import EditSession, Kill
 from kvpersist.agents.lifecycle import Lifecycle
 from kvpersist.agents.making import new_session
 from kvpersist.agents.ordered import OrderedTurns
+from kvpersist.agents.queries import SCANNED, Asked
 from kvpersist.agents.records import Session, SessionStat
 from kvpersist.agents.stat import Parent, Stat
 from kvpersist.agents.transfer import Transfers
 from kvpersist.agents.turns import Turns
-from kvpersist.driver import ABSENT, Check, Entry, Op, Put
-from kvpersist.errors import CorruptRecord, ParentGone
+from kvpersist.driver import ABSENT, Check, Op, Put
+from kvpersist.errors import BadRequest, ParentGone
+from kvpersist.index.reads import OnCorrupt
 from kvpersist.index.writer import live, version_of
 from kvpersist.repository import Page
 
@@ -43,6 +46,7 @@ class Sessions(Lifecycle, Forks, Transfers):
         self._all = collections
         self._store = collections.store
         self._turns = turns
+        self._finder = SessionFinder(collections)
 
     async def create(self, **fields: Any) -> Session:
         """Create a session of the given fields of `Session`; one commit.
@@ -110,25 +114,76 @@ class Sessions(Lifecycle, Forks, Transfers):
         if belongs.cascade:
             belongs.births.also(self._cascade_of(belongs.field))
 
-    async def find(self, *, limit: int = 100, **where: Any) -> _Sessions:
-        """Return sessions through an index: ``find(user_id="u1")``, newest first. As `Repository.find`."""
-        return await self._with_times(await self._all.sessions.find(limit=limit, **where))
+    async def find(
+        self,
+        *,
+        limit: int = 100,
+        offset: int = 0,
+        order: str | None = None,
+        scanned: int = SCANNED,
+        scan: bool = False,
+        on_corrupt: OnCorrupt | None = None,
+        **where: Any,
+    ) -> _Sessions:
+        """Return up to ``limit`` sessions: ``find(user_id="u1", created=at_least(monday))``.
 
-    async def page(self, *, limit: int = 100, after: str | None = None, **where: Any) -> Page[Session]:
-        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
-        page = await self._all.sessions.page(limit=limit, after=after, **where)
-        return Page(await self._with_times(page.items), page.cursor)
+        Conditions: ``user_id agent_id container_id image_id template_id parent_id``, which are indexed,
+        ``created`` and ``updated`` (times, or ranges made with `between`, `at_least`, `at_most`),
+        ``id_prefix``, ``title`` (text in it, in any case), ``metadata={path: value}``, ``active``, and
+        any other field. What no index answers is told by reading the records below the best one.
 
-    async def iterate(self, **where: Any) -> AsyncIterator[Session]:
-        """Yield every session that `find` would; without conditions all of them, newest first."""
-        cursor: str | None = None
-        while True:
-            page = await self.page(limit=100, after=cursor, **where)
-            for session in page.items:
-                yield session
-            if page.cursor is None:
-                return
-            cursor = page.cursor
+        Args:
+            offset: leave out so many at first.
+            order: "created_at", "updated_at" (without an owner exact to a second), "title",
+                "message_count" or "id", with "-" before it the greatest first. None: as the index is
+                ordered, which is the newest first for owners and for all.
+            scanned: records that may be read beyond those given back.
+            scan: read any number of them, and the whole collection if no index narrows it.
+            on_corrupt: is handed the error of each damaged session, and the list goes on past it.
+
+        Raises:
+            NoIndex: without ``scan`` the whole collection, or over ``scanned`` records, would be read.
+            IndexNotReady: an index for this was declared over records already there: `reindex` first.
+            BadRequest: no such condition or order, or a value of another kind.
+        """
+        return await self._finder.find(self._asked(where, order, scanned, scan, on_corrupt), limit, offset)
+
+    async def page(
+        self,
+        *,
+        limit: int = 100,
+        offset: int = 0,
+        after: str | None = None,
+        order: str | None = None,
+        scanned: int = SCANNED,
+        scan: bool = False,
+        on_corrupt: OnCorrupt | None = None,
+        **where: Any,
+    ) -> Page[Session]:
+        """Return one page as `find` does, and the cursor that ``after`` takes for the next.
+
+        Where ``scanned`` records were read before the page was full it is short, and its cursor goes on.
+
+        Raises:
+            BadCursor: it belongs to another query.
+        """
+        return await self._finder.page(self._asked(where, order, scanned, scan, on_corrupt), limit, offset, after)
+
+    async def iterate(
+        self,
+        *,
+        order: str | None = None,
+        scanned: int = SCANNED,
+        scan: bool = False,
+        on_corrupt: OnCorrupt | None = None,
+        **where: Any,
+    ) -> AsyncIterator[Session]:
+        """Yield every session that `find` would, 250 in memory at a time; without conditions all, newest first.
+
+        In an order that no index has, up to 10,000 are in memory.
+        """
+        async for session in self._finder.iterate(self._asked(where, order, scanned, scan, on_corrupt)):
+            yield session
 
     async def list(self, limit: int = 100) -> _Sessions:
         """Return the newest sessions, newest first."""
@@ -136,36 +191,11 @@ class Sessions(Lifecycle, Forks, Transfers):
 
     async def recent(self, limit: int = 100) -> _Sessions:
         """Return the sessions that changed last, newest change first; exact to a second."""
-        prefix = self._all.updated_prefix
-        found: _Sessions = []
-        met: set[str] = set()
-        atomic = isinstance(self._turns, Turns)
-        start, end = prefix, keys.prefix_end(prefix)
-        while len(found) < limit:
-            wanted = limit - len(found)
-            page = await self._store._scan(start, end, limit=wanted, deref=self._all.session_prefix)
-            decode = self._all.sessions._codec.decode
-            stats = await self._stats([entry.value.decode() for entry in page])
-            for entry, stat in zip(page, stats, strict=True):
-                target = live(entry.target)
-                part = entry.value.decode()
-                if target is None or stat is None or stat.indexed_at is None or part in met:
-                    continue
-                # with atomic batches it moved since the scan; without, a crash may have left it
-                if not atomic and entry.key != self._all.updated_key(part, stat.indexed_at):
-                    continue
-                met.add(part)
-                session = decode(target.key, target.value)
-                session.updated_at = stat.updated_at
-                found.append(session)
-            if len(page) < wanted:
-                break
-            start = page[-1].key + "!"
-        return found
+        return await self.find(order="-updated_at", limit=limit)
 
-    async def count(self, **where: Any) -> int:
-        """Count the sessions, all or those that `find` would return; only keys are read."""
-        return await self._all.sessions.count(**where)
+    async def count(self, *, scanned: int = SCANNED, scan: bool = False, **where: Any) -> int:
+        """Count the sessions, all or those that `find` would return; only keys are read where an index answers all."""
+        return await self._finder.count(self._asked(where, None, scanned, scan, None))
 
     async def stat(self, id: str | UUID) -> SessionStat | None:
         """Return what is counted of a session, None where there is none; one read, no messages."""
@@ -208,20 +238,9 @@ class Sessions(Lifecycle, Forks, Transfers):
             Put(key, self._all.packed(key, stat), expect),
         ]
 
-    async def _stats(self, parts: Sequence[str]) -> Sequence[Stat | None]:
-        prefix = self._all.stat_prefix
-        entries = await self._store._entries([prefix + part for part in parts])
-        return [None if entry is None else self._whole(entry) for entry in entries]
-
-    def _whole(self, entry: Entry) -> Stat | None:
-        """Decode a stat; a damaged one counts as missing here, and the next write below the session mends it."""
-        try:
-            return self._all.stat_of(entry)
-        except CorruptRecord:
-            return None
-
-    async def _with_times(self, sessions: _Sessions) -> _Sessions:
-        stats = await self._stats([keys.encode(session.id) for session in sessions])
-        for session, stat in zip(sessions, stats, strict=True):
-            session.updated_at = session.created_at if stat is None else stat.updated_at
-        return sessions
+    def _asked(
+        self, where: dict[str, Any], order: str | None, scanned: int, scan: bool, on_corrupt: OnCorrupt | None
+    ) -> Asked:
+        if order is not None and order.removeprefix("-") not in SESSION_ORDERS:
+            raise BadRequest(f"order={order!r}: use one of {', '.join(SESSION_ORDERS)}, or one with '-' before it")
+        return Asked(SessionFinder.normal(where), order, scanned, scan, on_corrupt)

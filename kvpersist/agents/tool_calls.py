@@ -10,10 +10,14 @@ from uuid import UUID
 from kvpersist import keys
 from kvpersist.agents.approvals import CallStates
 from kvpersist.agents.collections import Collections
+from kvpersist.agents.finders import CallFinder
 from kvpersist.agents.items import Begin, End
+from kvpersist.agents.messages import Messages
 from kvpersist.agents.ordered import OrderedTurns
+from kvpersist.agents.queries import SCANNED, Asked
 from kvpersist.agents.records import ToolCall, new_id
 from kvpersist.agents.turns import Turns
+from kvpersist.errors import BadRequest
 from kvpersist.index.reads import OnCorrupt, decoded
 from kvpersist.index.writer import live
 from kvpersist.repository import Page
@@ -40,10 +44,11 @@ class ToolCalls(CallStates):
     further read for all the calls of an answer.
     """
 
-    def __init__(self, collections: Collections, turns: Turns | OrderedTurns) -> None:
+    def __init__(self, collections: Collections, turns: Turns | OrderedTurns, messages: Messages) -> None:
         self._all = collections
         self._store = collections.store
         self._turns = turns
+        self._finder = CallFinder(collections, messages._last_number, self._with_results)
 
     async def get(self, session_id: str | UUID, number: int, position: int) -> ToolCall | None:
         """Return the call at ``position`` (from 0) of message ``number``, or None."""
@@ -71,22 +76,84 @@ class ToolCalls(CallStates):
         calls = list(decoded(self._all.tool_calls._codec, entries, on_corrupt))
         return await self._with_results(calls, on_corrupt)
 
-    async def find(self, *, limit: int = 100, **where: Any) -> list[ToolCall]:
-        """Return calls of all sessions, newest first: ``find(name="search")``, ``find(is_error=True)``.
+    async def find(
+        self,
+        session_id: str | UUID | None = None,
+        *,
+        limit: int = 100,
+        offset: int = 0,
+        order: str | None = None,
+        scanned: int = SCANNED,
+        scan: bool = False,
+        on_corrupt: OnCorrupt | None = None,
+        **where: Any,
+    ) -> list[ToolCall]:
+        """Return up to ``limit`` calls, newest first: ``find(name="search")``, ``find(session_id, is_error=True)``.
 
-        Without more indexes (``tool_call_indexes=``) by name, or by state: "pending", "completed" or
-        "failed", which ``is_error=False`` and ``True`` stand for. As `Repository.find`.
+        Conditions: ``name``, ``state``, ``is_error`` or ``success``, ``has_approval``, ``decision`` ("allow" or
+        "deny"), ``created`` (a time, or a range), ``metadata={path: value}``, and any other field. In a
+        session all of them are told by reading its calls. Across sessions by name or state, which are
+        indexed, by time, or through ``tool_call_indexes=``; the rest is told by reading what these find.
+
+        Args:
+            offset: leave out so many at first.
+            order: "desc" or "asc": by place in a session, across sessions by time. None: "desc", or as
+                the index of ``tool_call_indexes=`` is.
+            scanned: calls that may be read beyond those given back; a session is read to its end.
+            scan: read any number of them.
+            on_corrupt: is handed the error of each damaged call, which is left out, and of each damaged
+                result, which stays None; without it, the error is raised.
+
+        Raises:
+            NoIndex: without ``scan`` all calls, or over ``scanned``, would be read.
+            IndexNotReady: an index for this was declared over records already there: `reindex` first.
+            BadRequest: no such condition, state or order, or a value of another kind.
         """
-        return await self._with_results(await self._all.tool_calls.find(limit=limit, **_by_state(where)))
+        asked = self._asked(session_id, where, order, scanned, scan, on_corrupt)
+        return await self._finder.find(asked, limit, offset)
 
-    async def page(self, *, limit: int = 100, after: str | None = None, **where: Any) -> Page[ToolCall]:
-        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
-        page = await self._all.tool_calls.page(limit=limit, after=after, **_by_state(where))
-        return Page(await self._with_results(page.items), page.cursor)
+    async def page(
+        self,
+        session_id: str | UUID | None = None,
+        *,
+        limit: int = 100,
+        offset: int = 0,
+        after: str | None = None,
+        order: str | None = None,
+        scanned: int = SCANNED,
+        scan: bool = False,
+        on_corrupt: OnCorrupt | None = None,
+        **where: Any,
+    ) -> Page[ToolCall]:
+        """Return one page as `find` does, and the cursor that ``after`` takes for the next.
 
-    async def count(self, **where: Any) -> int:
-        """Count the calls, all or those that `find` would return; only keys are read."""
-        return await self._all.tool_calls.count(**_by_state(where))
+        Where ``scanned`` calls were read before the page was full it is short, and its cursor goes on.
+
+        Raises:
+            BadCursor: it belongs to another query.
+        """
+        asked = self._asked(session_id, where, order, scanned, scan, on_corrupt)
+        return await self._finder.page(asked, limit, offset, after)
+
+    async def iterate(
+        self,
+        session_id: str | UUID | None = None,
+        *,
+        order: str | None = None,
+        scanned: int = SCANNED,
+        scan: bool = False,
+        on_corrupt: OnCorrupt | None = None,
+        **where: Any,
+    ) -> AsyncIterator[ToolCall]:
+        """Yield every call that `find` would, about 250 in memory at a time."""
+        async for call in self._finder.iterate(self._asked(session_id, where, order, scanned, scan, on_corrupt)):
+            yield call
+
+    async def count(
+        self, session_id: str | UUID | None = None, *, scanned: int = SCANNED, scan: bool = False, **where: Any
+    ) -> int:
+        """Count the calls, all or those that `find` would return; only keys are read where an index answers all."""
+        return await self._finder.count(self._asked(session_id, where, None, scanned, scan, None))
 
     @asynccontextmanager
     async def record(
@@ -127,6 +194,21 @@ class ToolCalls(CallStates):
         end = End(begun.number, begun.position, recording.result, recording.is_error)
         recording.call = await self._turns.submit(parent, end) or begun
 
+    def _asked(
+        self,
+        session_id: str | UUID | None,
+        where: dict[str, Any],
+        order: str | None,
+        scanned: int,
+        scan: bool,
+        on_corrupt: OnCorrupt | None,
+    ) -> Asked:
+        if order not in (None, "asc", "desc"):
+            raise BadRequest(f"order={order!r}: use asc or desc")
+        if session_id is not None:
+            where = {"session_id": str(session_id)} | where
+        return Asked(CallFinder.normal(where), order, scanned, scan, on_corrupt)
+
     async def _with_results(self, calls: Sequence[ToolCall], on_corrupt: OnCorrupt | None = None) -> list[ToolCall]:
         """Fill in the results that stand in messages: one read for all."""
         answered = [call for call in calls if call.result_number is not None]
@@ -141,11 +223,3 @@ class ToolCalls(CallStates):
                 for message in () if entry is None else decoded(codec, (entry,), on_corrupt):
                     call.result = message.content
         return list(calls)
-
-
-def _by_state(where: dict[str, Any]) -> dict[str, Any]:
-    """Ask for a state instead of ``is_error``: a call has failed exactly if it is an error, so one index tells both."""
-    if "state" in where or not isinstance(where.get("is_error"), bool):
-        return where
-    state = "failed" if where["is_error"] else "completed"
-    return {"state": state} | {name: value for name, value in where.items() if name != "is_error"}

@@ -37,7 +37,8 @@ class Query(msgspec.Struct, frozen=True):
 
     ``start`` and ``end`` are keys, the end excluded. ``matches`` judges the record where keys alone
     cannot (long text is cut and hashed). ``tag`` tells this query's cursors from others. ``version`` is
-    that of the definition it was planned by.
+    that of the definition it was planned by. ``base``: what all its index keys have in common, the
+    values that were asked for; it ends where the order begins.
     """
 
     slot: Slot | None
@@ -46,6 +47,7 @@ class Query(msgspec.Struct, frozen=True):
     matches: Callable[[Any], bool] | None
     tag: bytes
     version: bytes = b""
+    base: str = ""
 
 
 class Reader(Generic[R]):
@@ -87,18 +89,41 @@ class Reader(Generic[R]):
         except IndexNotReady:  # another process may have built it since
             return self._plan(await self._definitions.refresh(), where)
 
+    async def through(self, bound: BoundIndex, where: Mapping[str, Any]) -> Query | None:
+        """Return the query of one declared index, all of whose conditions ``where`` are its own; None: not ready.
+
+        Raises:
+            BadRequest: a value of another type.
+        """
+        _refuse_none(where)
+        known = await self._definitions.fresh()
+        for refreshed in (False, True):
+            slot = known.named.get(bound.name)
+            if slot is not None and slot.state == "readable":
+                return msgspec.structs.replace(_query(slot, where), version=known.version)
+            if not refreshed:  # another process may have built it since
+                known = await self._definitions.refresh()
+        return None
+
     async def records(
-        self, query: Query, start: str, limit: int, on_corrupt: OnCorrupt | None = None
+        self,
+        query: Query,
+        start: str | None,
+        limit: int,
+        on_corrupt: OnCorrupt | None = None,
+        *,
+        reverse: bool = False,
     ) -> tuple[list[tuple[str, R]], str | None]:
         """Return up to ``limit`` pairs of key and record from ``start``, and where to go on (None: at the end).
 
         ``on_corrupt`` is handed each damaged record, which is passed over; without it, it is raised.
+        ``reverse``: downwards, from below ``start`` (the query's ``end``) to the query's own start.
         """
         found: list[tuple[str, R]] = []
         discarded = 0
         wanted = limit
         while True:
-            page = await self._page(query, start, wanted)
+            page = await self._page(query, start, wanted, reverse)
             for entry, target in page:
                 if target is None:
                     record = None
@@ -116,7 +141,7 @@ class Reader(Generic[R]):
                     if query.matches is None or query.matches(record):
                         found.append((entry.key, record))
                         if len(found) == limit:
-                            return found, entry.key + "!"
+                            return found, _behind(entry.key, reverse)
                 elif query.slot is not None and self._ordered_writes and discarded < _DISCARDED:
                     discarded += 1
                     try:
@@ -125,7 +150,7 @@ class Reader(Generic[R]):
                         discarded = _DISCARDED
             if len(page) < wanted:
                 return found, None
-            start = page[-1][0].key + "!"  # no key lies between a key and itself + '!'
+            start = _behind(page[-1][0].key, reverse)
             wanted = limit - len(found) + _EXTRA
 
     async def count(self, query: Query) -> int:
@@ -180,11 +205,14 @@ class Reader(Generic[R]):
     def _prefix(self, query: Query) -> str:
         return self._records if query.slot is None else query.slot.prefix
 
-    async def _page(self, query: Query, start: str, limit: int) -> list[tuple[Entry, Entry | None]]:
-        if query.slot is None:
-            page = await self._store._scan(start, query.end, limit=limit)
+    async def _page(
+        self, query: Query, start: str | None, limit: int, reverse: bool
+    ) -> list[tuple[Entry, Entry | None]]:
+        low, high = (query.start, start) if reverse else (start, query.end)
+        deref = None if query.slot is None else self._records
+        page = await self._store._scan(low, high, limit=limit, reverse=reverse, deref=deref)
+        if deref is None:
             return [(entry, live(entry)) for entry in page]
-        page = await self._store._scan(start, query.end, limit=limit, deref=self._records)
         return [(entry, live(entry.target)) for entry in page]
 
     def _holds(self, query: Query, entry: Entry, record: Any) -> bool:
@@ -195,9 +223,7 @@ class Reader(Generic[R]):
     # ---- planning
 
     def _plan(self, known: Known, where: Mapping[str, Any]) -> Query:
-        for label, value in where.items():
-            if value is None:
-                raise BadRequest(f"{label}=None: records without a value are not in an index; leave it out")
+        _refuse_none(where)
         candidates = [
             (fits, at, bound) for at, bound in enumerate(self._indexes) if (fits := _fit(bound, where)) is not None
         ]
@@ -212,6 +238,17 @@ class Reader(Generic[R]):
             if slot is not None and slot.state == "readable":
                 return msgspec.structs.replace(_query(slot, where), version=known.version)
         raise IndexNotReady(self._definitions.collection, candidates[0][2].name)
+
+
+def _refuse_none(where: Mapping[str, Any]) -> None:
+    for label, value in where.items():
+        if value is None:
+            raise BadRequest(f"{label}=None: records without a value are not in an index; leave it out")
+
+
+def _behind(key: str, reverse: bool) -> str:
+    """Where a scan goes on behind ``key``: no key lies between a key and itself + '!'; the upper end is excluded."""
+    return key if reverse else key + "!"
 
 
 def decoded(codec: RecordCodec[R], entries: Iterable[Entry], on_corrupt: OnCorrupt | None) -> Iterator[R]:
@@ -279,7 +316,8 @@ def _between(
     """Make the query of what starts with ``base`` from ``start`` to ``end`` (None: as far as ``base`` goes)."""
     matches = None if tests is None else _all(tests)
     last = keys.prefix_end(slot.prefix + base) if end is None else slot.prefix + end
-    return Query(slot, slot.prefix + start, last, matches, _tag(slot.bound.fingerprint, start, end or ""))
+    tag = _tag(slot.bound.fingerprint, start, end or "")
+    return Query(slot, slot.prefix + start, last, matches, tag, base=slot.prefix + base)
 
 
 def _bounds(part: Part, asked: Range) -> tuple[str, str, bool]:

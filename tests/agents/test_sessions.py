@@ -320,13 +320,14 @@ async def test_a_session_that_changes_while_the_recent_ones_are_read_is_among_th
         for n in range(3):
             await db.sessions.create(id=f"s{n}")
             clock.advance(10)
-        real = db.sessions._stats
+        finder = db.sessions._finder
+        real = finder.stats
 
         async def slow(parts: Any) -> Any:
-            monkeypatch.setattr(db.sessions, "_stats", real)
+            monkeypatch.setattr(finder, "stats", real)
             await db.messages.append("s1", Message("user", "hi"))
             return await real(parts)
 
-        monkeypatch.setattr(db.sessions, "_stats", slow)
+        monkeypatch.setattr(finder, "stats", slow)
 
         assert {session.id for session in await db.sessions.recent()} == {"s0", "s1", "s2"}

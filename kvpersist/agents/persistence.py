@@ -18,6 +18,8 @@ from kvpersist.agents.messages import Messages
 from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.records import Message, Session, Stats, TimelineItem, ToolCall
 from kvpersist.agents.sessions import Sessions
+from kvpersist.agents.streams import Ending
+from kvpersist.agents.threads import ThreadManager
 from kvpersist.agents.tool_calls import ToolCalls
 from kvpersist.agents.turns import Turns
 from kvpersist.driver import Clock, Driver
@@ -49,6 +51,7 @@ class Persistence:
         store: plain keys beside the records, in namespaces of their own.
         sessions, messages, tool_calls: the records.
         events: the topics, an `EventQueue`.
+        threads: sessions as agents use them, a `ThreadManager`.
     """
 
     def __init__(
@@ -101,6 +104,8 @@ class Persistence:
         self.messages = Messages(self._all, turns)
         self.tool_calls = ToolCalls(self._all, turns)
         self.events = EventQueue(store, namespace=namespace, **(events or {}))
+        self._ending = Ending()
+        self.threads = ThreadManager(self)
         self._owns_store = owns_store
 
     def repository(
@@ -205,10 +210,13 @@ class Persistence:
             start = page[-1].key + "!"  # no key lies between a key and itself + '!'
 
     async def close(self) -> None:
-        """End what reads events, and close the store if `open` opened it; a second call does nothing."""
-        await self.events.close()
-        if self._owns_store:
-            await self.store.close()
+        """End runs that stream and what reads events, and close the store if `open` opened it; once is enough."""
+        try:
+            await self._ending.settle()
+        finally:
+            await self.events.close()
+            if self._owns_store:
+                await self.store.close()
 
     async def __aenter__(self) -> Self:
         return self

@@ -132,8 +132,8 @@ class Answer:
                 if not isinstance(result, Mapping):
                     raise _unknown(result)
                 content = _json(cast("object", result))
-        for call in calls:
-            self._call(call, new=True)
+        for call, part in [(call, self._asks(call)) for call in calls]:
+            self._answer_within(call, part)
         for answer in results:
             self._answer(answer)
         if self._steps and not self._steps[-1].results:
@@ -176,17 +176,25 @@ class Answer:
             self._steps.append(_Step())
         return self._steps[-1]
 
-    def _call(self, value: Any, *, new: bool = False) -> None:
-        """Note a call; of an id that was asked for already, what there is to add, unless it is ``new``."""
+    def _call(self, value: Any) -> None:
+        """Note a call; of an id that was asked for already, what there is to add."""
         id_ = _field(value, *_IDS)
-        known = self._asked(id_) if isinstance(id_, str) and not new else None
+        known = self._asked(id_) if isinstance(id_, str) else None
         if known is None:
-            known = read_tool_call(value)
-            self._open().calls.append(known)
+            known = self._asks(value)
         elif (arguments := _field(value, "arguments", "args", "input")) is not _MISSING:
             known.arguments = arguments
+        self._answer_within(value, known)
+
+    def _asks(self, value: Any) -> ToolCallPart:
+        part = read_tool_call(value)
+        self._open().calls.append(part)
+        return part
+
+    def _answer_within(self, value: Any, part: ToolCallPart) -> None:
+        """Note the result that a call brings along, if it does."""
         if _field(value, "result", "output", "error") is not _MISSING:
-            self._answer(value, known.id)
+            self._answer(value, part.id)
 
     def _more_arguments(self, value: Any) -> None:
         id_, delta = _field(value, *_IDS), _field(value, "delta", "arguments", "args")

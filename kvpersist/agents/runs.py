@@ -17,7 +17,7 @@ import msgspec
 
 from kvpersist.agents.answers import Answer, Extract
 from kvpersist.agents.calling import AgentThread, Caller, RunContext
-from kvpersist.agents.ensure import ensure_session
+from kvpersist.agents.ensure import check_owner, ensure_session
 from kvpersist.agents.given import Given, read_messages
 from kvpersist.agents.items import checked
 from kvpersist.agents.model_messages import STYLES, Style, model_messages
@@ -216,16 +216,17 @@ class StoredAgent:
 
     async def _prepared(self, inputs: list[Message], options: _Options) -> RunContext:
         """Make sure of the session, and read the latest messages."""
-        if self._saves:
-            create = options.is_new or self._creates
+        if self._saves or not (self._creates or options.is_new):
             await ensure_session(
                 self._db,
                 options.thread_id,
-                create=create,
+                create=self._saves and (self._creates or options.is_new),
                 user_id=options.user_id,
                 title=options.title,
                 agent_id=self._agent_id,
             )
+        elif (session := await self._db.sessions.get(options.thread_id)) is not None:
+            check_owner(session, options.user_id)
         limit = 0 if options.is_new else options.history
         history = await self._db.messages.last(options.thread_id, limit) if limit else []
         if self._style == "records":

@@ -13,11 +13,12 @@ from msgspec import UNSET, UnsetType
 
 from kvpersist import keys
 from kvpersist.agents.collections import Collections
-from kvpersist.agents.deletion import Deletions
+from kvpersist.agents.family import Family
 from kvpersist.agents.messages import Messages
 from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.records import Message, Session, Stats, TimelineItem, ToolCall
 from kvpersist.agents.sessions import Sessions
+from kvpersist.agents.stat import tool_stats
 from kvpersist.agents.streams import Ending
 from kvpersist.agents.threads import ThreadManager
 from kvpersist.agents.tool_calls import ToolCalls
@@ -96,11 +97,11 @@ class Persistence:
                 *more_calls,
             ],
         )
-        self._all = Collections(store, namespace, sessions, messages, tool_calls, own_call_indexes=bool(more_calls))
+        self._family = Family(store, namespace)
+        self._all = Collections(self._family, sessions, messages, tool_calls, own_call_indexes=bool(more_calls))
         atomic = store.capabilities.atomic_batch != "none"
         turns = Turns(self._all) if atomic else OrderedTurns(self._all)
-        self._deletions = Deletions(self._all)
-        self.sessions = Sessions(self._all, turns, self._deletions)
+        self.sessions = Sessions(self._all, turns)
         self.messages = Messages(self._all, turns)
         self.tool_calls = ToolCalls(self._all, turns)
         self.events = EventQueue(store, namespace=namespace, **(events or {}))
@@ -144,6 +145,7 @@ class Persistence:
             "session": await self._all.sessions.reindex(progress),
             "message": await self._all.messages.reindex(progress),
             "tool_call": await self._all.tool_calls.reindex(progress),
+            **{name: await each.reindex(progress) for name, each in self._family.repositories.items()},
         }
 
     async def timeline(
@@ -199,12 +201,12 @@ class Persistence:
                 total.sessions += 1
                 total.messages += stat.messages
                 _add(total.messages_by_role, stat.roles)
-                for name, (calls, completed, failed) in stat.tools.items():
-                    states = {"pending": calls - completed - failed, "completed": completed, "failed": failed}
-                    total.tool_calls += calls
-                    total.tool_errors += failed
-                    _add(total.tool_calls_by_name, {name: calls})
-                    _add(total.tool_calls_by_state, {state: count for state, count in states.items() if count})
+                for name, counts in stat.tools.items():
+                    tool = tool_stats(counts)
+                    total.tool_calls += tool.calls
+                    total.tool_errors += tool.failed
+                    _add(total.tool_calls_by_name, {name: tool.calls})
+                    _add(total.tool_calls_by_state, tool.by_state())
             if len(page) < _PAGE:
                 return total
             start = page[-1].key + "!"  # no key lies between a key and itself + '!'
@@ -277,7 +279,7 @@ def open(
             )
             await db._all.own()  # before a plain write can put something between the records
             with suppress(ReadOnly):  # whoever may write finishes them; what is left is not seen here either
-                await db._deletions.finish_all()
+                await db._family.finish_all()
         except BaseException:  # cancelled too: nothing may stay open
             if owns:
                 await store.close()

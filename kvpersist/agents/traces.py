@@ -75,8 +75,8 @@ class Traces(Records[Trace]):
                 Index("root", order_by="-started_at"),
                 Index("failed", order_by="-started_at"),
                 Index("type", order_by="-started_at"),
-                Index(order_by="duration"),
                 Index(order_by="-started_at"),
+                Index(order_by="duration"),
             ],
             belongs=[Belongs("session_id", sessions)],
         )

@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from kvpersist.agents.containers import Container
     from kvpersist.agents.images import Image
     from kvpersist.agents.login_sessions import LoginSession
+    from kvpersist.agents.middleware import PersistenceMiddleware
     from kvpersist.agents.persistence import Persistence
     from kvpersist.agents.persistence import open as open
     from kvpersist.agents.prototypes import Prototype
     from kvpersist.agents.providers import Provider
     from kvpersist.agents.records import Message, Session, TimelineItem, ToolCall, ToolCallPart
+    from kvpersist.agents.runs import StoredAgent, continue_thread, stream_continue_thread, with_storage
     from kvpersist.agents.secrets import new_secret_key
+    from kvpersist.agents.streams import StoredStream, StoredTurn
+    from kvpersist.agents.threads import ThreadManager
     from kvpersist.agents.traces import TokenUsage, Trace
     from kvpersist.changes import Change, Watch
     from kvpersist.errors import CommitUnknown, Conflict, EventsExpired, KvError, LeaseLost, Locked, Unavailable
@@ -56,11 +60,16 @@ __all__ = [
     "NewEvent",
     "Page",
     "Persistence",
+    "PersistenceMiddleware",
     "Prototype",
     "Provider",
     "Repository",
     "Session",
     "Store",
+    "StoredAgent",
+    "StoredStream",
+    "StoredTurn",
+    "ThreadManager",
     "TimelineItem",
     "TokenUsage",
     "ToolCall",
@@ -74,10 +83,13 @@ __all__ = [
     "at_least",
     "at_most",
     "between",
+    "continue_thread",
     "new_secret_key",
     "open_store",
     "open_store_sync",
     "open_sync",
+    "stream_continue_thread",
+    "with_storage",
 ]
 
 __version__ = "0.1.0"
@@ -89,11 +101,15 @@ _HOMES: Final = {
     "kvpersist.agents.login_sessions": ("LoginSession",),
     "kvpersist.agents.prototypes": ("Prototype",),
     "kvpersist.agents.providers": ("Provider",),
+    "kvpersist.agents.runs": ("StoredAgent", "continue_thread", "stream_continue_thread", "with_storage"),
     "kvpersist.agents.secrets": ("new_secret_key",),
+    "kvpersist.agents.streams": ("StoredStream", "StoredTurn"),
+    "kvpersist.agents.threads": ("ThreadManager",),
     "kvpersist.agents.traces": (
         "TokenUsage",
         "Trace",
     ),
+    "kvpersist.agents.middleware": ("PersistenceMiddleware",),
     "kvpersist.agents.persistence": ("Persistence", "open"),
     "kvpersist.agents.records": ("Message", "Session", "TimelineItem", "ToolCall", "ToolCallPart"),
     "kvpersist.changes": ("Change", "Watch"),

@@ -9,7 +9,8 @@ gone, the turn is taken back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Final, TypeVar, cast
 
 import msgspec
@@ -135,10 +136,8 @@ class OrderedTurns:
                     results.append(await self._turn(session_id, part, parent, draft, item))
                     continue
                 if type(item) is Kill:
-                    if item.guard is not None and not await self._all.family.holds([item.guard]):
-                        return Built([], lambda version: parent, [Conflict(item.guard.key, item.guard.expect)])
                     return await self._kill(part, parent, item)
-                if type(item) in (Remove, Replace, ReplaceCalls):
+                if isinstance(item, (Remove, Replace, ReplaceCalls)):
                     parent = await self._doubted(part, parent)
                     results.append(await self._rewritten(session_id, part, parent, draft, item))
                     amends.append(Recount())
@@ -173,6 +172,8 @@ class OrderedTurns:
 
     async def _kill(self, part: str, parent: Parent, item: Kill) -> Built[Parent, Any]:
         every = self._all
+        if item.guard is not None and not await every.family.holds([item.guard]):
+            return Built([], lambda version: parent, [Conflict(item.guard.key, item.guard.expect)])
         if not await self._may_go(part, item):
             return Built([], lambda version: parent, [False])
         conditional = self._store.capabilities.conditional_delete
@@ -231,7 +232,7 @@ class OrderedTurns:
         part: str,
         draft: Draft,
         messages: Sequence[Message],
-        leaving: Set[str] = frozenset(),
+        leaving: AbstractSet[str] = frozenset(),
     ) -> None:
         """Raise what the turn would fail with half way: values that cannot be kept, unique ones that are taken.
 
@@ -259,7 +260,11 @@ class OrderedTurns:
         for claim, holder in zip(claims, holders, strict=True):
             slot, _ = wanted[claim.key]
             holder = live(holder)
-            if holder is not None and holder.key not in leaving and claim.key in slot.stored_keys(writer.decoded(holder), claim.value.decode()):
+            if (
+                holder is not None
+                and holder.key not in leaving
+                and claim.key in slot.stored_keys(writer.decoded(holder), claim.value.decode())
+            ):
                 raise writer.taken(slot, claim.key, claim.value.decode())
 
     async def _take_back(self, part: str, messages: Sequence[Message]) -> None:
@@ -350,13 +355,15 @@ class OrderedTurns:
             draft.touch(self._all.now())
             return changed
 
-    async def _rewritten(self, session_id: str, part: str, parent: Parent, draft: Draft, item: Any) -> Rewritten:
+    async def _rewritten(
+        self, session_id: str, part: str, parent: Parent, draft: Draft, item: Remove | Replace | ReplaceCalls
+    ) -> Rewritten:
         """Rewrite, and again where another writer came between: what stands is read anew each time."""
         for _ in range(_ATTEMPTS):
             try:
-                if type(item) is Remove:
+                if isinstance(item, Remove):
                     return await self._remove(session_id, part, draft, item)
-                if type(item) is Replace:
+                if isinstance(item, Replace):
                     return await self._replace(session_id, part, parent, draft, item)
                 return await self._replace_calls(part, draft, item)
             except KvError as error:
@@ -404,6 +411,8 @@ class OrderedTurns:
         every = self._all
         plan = await planned(every, part, item)
         writer = ordered_writer(every.messages)
+        if item.make is not None and not plan.again:  # from here on, what is stored is not what it was made of
+            item.messages, item.make, item.since = [*plan.stands, *plan.append], None, draft.last
         await self._refuse(writer, part, draft, plan.append, {entry.key for entry, _ in plan.remove})
         gone = await self._take_out(part, draft, plan.remove)
         for entry, changed in plan.edit:

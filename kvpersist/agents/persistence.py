@@ -18,6 +18,7 @@ from kvpersist.agents.containers import Containers
 from kvpersist.agents.family import Belongs, Family
 from kvpersist.agents.images import Images
 from kvpersist.agents.login_sessions import LoginSessions
+from kvpersist.agents.making import finish_makings
 from kvpersist.agents.messages import Messages
 from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.prototypes import Prototypes
@@ -313,6 +314,7 @@ def open(
             await db._all.own()  # before a plain write can put something between the records
             with suppress(ReadOnly):  # whoever may write finishes them; what is left is not seen here either
                 await db._family.finish_all()
+                await finish_makings(db._all)
         except BaseException:  # cancelled too: nothing may stay open
             if owns:
                 await store.close()

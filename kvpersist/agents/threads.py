@@ -8,6 +8,7 @@ from uuid import UUID
 
 from kvpersist.agents.ensure import default_title, ensure_session
 from kvpersist.agents.given import Given
+from kvpersist.agents.middleware import PersistenceMiddleware
 from kvpersist.agents.model_messages import Style, model_messages, system_text
 from kvpersist.agents.records import Message, Session
 from kvpersist.agents.runs import StoredAgent
@@ -34,10 +35,13 @@ class ThreadContext:
         total: how many the thread has.
     """
 
-    __slots__ = ("messages", "thread", "tools", "total")
+    __slots__ = ("_tools", "messages", "thread", "total")
 
     def __init__(self, thread: Session, messages: list[Message], total: int, *, tools: bool = True) -> None:
-        self.thread, self.messages, self.total, self.tools = thread, messages, total, tools
+        self.thread = thread
+        self.messages = messages
+        self.total = total
+        self._tools = tools
 
     @property
     def system(self) -> str | None:
@@ -46,7 +50,7 @@ class ThreadContext:
 
     def to_llm_messages(self, style: Style = "openai") -> list[dict[str, Any]]:
         """Return the messages as a model's API takes them; as `model_messages`."""
-        return model_messages(self.messages, style, tools=self.tools)
+        return model_messages(self.messages, style, tools=self._tools)
 
     def summary(self) -> str:
         """Return four lines: title, how many messages, by whom, and how the last one begins."""
@@ -74,6 +78,14 @@ class ThreadManager:
         self._db = db
         self._settings = settings
         self._agent = None if agent is None else StoredAgent(agent, db, **settings)
+
+    def agent(self, agent: Any, **settings: Any) -> StoredAgent:
+        """Put storage round an agent, as `with_storage` does; here also for programs that block."""
+        return StoredAgent(agent, self._db, **{**self._settings, **settings})
+
+    def middleware(self, **settings: Any) -> PersistenceMiddleware:
+        """Return a `PersistenceMiddleware` of this store; here also for programs that block."""
+        return PersistenceMiddleware(self._db, **settings)
 
     async def create(self, *, title: str | None = None, **fields: Any) -> Session:
         """Create a thread; the title is ``Conversation`` and the local time, by default. As ``db.sessions.create``."""
@@ -105,7 +117,7 @@ class ThreadManager:
         Raises:
             BadRequest: there is no agent. ParentGone: there is no such thread.
         """
-        stored = self._agent if agent is None else StoredAgent(agent, self._db, **self._settings)
+        stored = self._agent if agent is None else self.agent(agent)
         if stored is None:
             raise BadRequest("nobody to send it to: pass agent=, or make a ThreadManager(db, agent)")
         await ensure_session(self._db, thread_id, create=False, user_id=user_id)
@@ -174,9 +186,62 @@ class ThreadManager:
             return []
         return (await self._db.sessions.find(limit=offset + limit, **where))[offset:]
 
+    async def fork(
+        self,
+        thread_id: str | UUID,
+        *,
+        title: str | None = None,
+        message_limit: int | None = 50,
+        at: int | str | UUID | None = None,
+        **fields: Any,
+    ) -> Session:
+        """Make a thread that begins with the latest messages of this one, and return it. As ``db.sessions.fork``.
+
+        Args:
+            title: ``Fork of`` and the thread's title, by default.
+            message_limit: how many messages are copied, the latest; None: all. Answers of tools whose
+                calls would not be copied are left out where they come first.
+            at: the last one, by number or id, in place of the thread's last.
+
+        Raises:
+            ParentGone: there is no such thread. BadRequest: no message of it has that id.
+        """
+        session, _ = await ensure_session(self._db, thread_id, create=False)
+        after = 0
+        if message_limit is not None:
+            if message_limit < 0:
+                raise BadOption("message_limit", f"{message_limit!r} is no number of messages: use 0 or more")
+            at = await self._number(session.id, at)
+            after = await self._begin(session.id, at, message_limit)
+        title = title or f"Fork of {session.title or session.id}"
+        [fork] = await self._db.sessions.fork(session.id, at=at, after=after, title=title, **fields)
+        return fork
+
     async def delete(self, thread_id: str | UUID) -> bool:
         """Delete a thread with everything that belongs to it; False where there was none."""
         return await self._db.sessions.delete(thread_id)
+
+    async def _number(self, thread_id: str, at: int | str | UUID | None) -> int:
+        """The number of the last message that is copied."""
+        if isinstance(at, int):
+            return at
+        if at is None:
+            last = await self._db.messages.last(thread_id, 1)
+            return last[0].number if last else 0
+        message = await self._db.messages.get(at)
+        if message is None or message.session_id != thread_id:
+            raise BadRequest(f"session {thread_id!r} has no message {str(at)!r}")
+        return message.number
+
+    async def _begin(self, thread_id: str, last: int, limit: int) -> int:
+        """The number behind which the latest ``limit`` messages up to ``last`` begin, answers without calls aside."""
+        if limit == 0:
+            return last
+        found = await self._db.messages.range(thread_id, before=last + 1, limit=limit, reverse=True)
+        if len(found) < limit:
+            return 0
+        first = next((message for message in reversed(found) if message.role != "tool"), None)
+        return last if first is None else first.number - 1
 
     async def _backwards(self, thread_id: str, limit: int) -> AsyncIterator[Message]:
         before: int | None = None

@@ -167,6 +167,79 @@ async def test_threads_are_listed_newest_first(db: Persistence) -> None:
         await db.threads.list(title="x")
 
 
+async def numbered(db: Persistence, count: int) -> None:
+    await db.threads.create(id="t", title="Tea", user_id="ada", metadata={"kind": "green"})
+    await db.messages.append_many("t", [Message("user", n) for n in range(1, count + 1)])
+
+
+async def test_a_fork_begins_with_the_latest_messages(db: Persistence, sound: Sound) -> None:
+    await numbered(db, 120)
+
+    usual = await db.threads.fork("t")
+    early = await db.threads.fork("t", at=60, message_limit=10, title="Early")
+    whole = await db.threads.fork("t", message_limit=None, id="whole", user_id="bob")
+    empty = await db.threads.fork("t", message_limit=0)
+
+    async def contents(thread: str) -> list[Any]:
+        return [message.content for message in await db.threads.history(thread)]
+
+    assert (usual.title, usual.user_id, usual.metadata) == ("Fork of Tea", "ada", {"kind": "green"})
+    assert (usual.parent_id, usual.forked_at, usual.lineage) == ("t", 120, ["t"])
+    assert await contents(usual.id) == list(range(71, 121))
+    assert (early.title, await contents(early.id)) == ("Early", list(range(51, 61)))
+    assert (whole.id, whole.user_id, await contents("whole")) == ("whole", "bob", list(range(1, 121)))
+    assert await contents(empty.id) == []
+    assert await contents("t") == list(range(1, 121))
+    await sound(db)
+
+
+async def test_a_fork_and_its_parent_go_on_apart(db: Persistence, sound: Sound) -> None:
+    await numbered(db, 60)
+    middle = await db.messages.at("t", 30)
+    assert middle is not None
+
+    fork = await db.threads.fork("t", at=middle.id, message_limit=5)
+    await db.threads.send(fork.id, "fork", agent=lambda message: "forked")
+    await db.threads.send("t", "parent", agent=lambda message: "stayed")
+
+    assert [m.content for m in await db.threads.history(fork.id)] == [26, 27, 28, 29, 30, "fork", "forked"]
+    assert [m.content for m in await db.messages.last("t", 3)] == [60, "parent", "stayed"]
+    with pytest.raises(BadRequest, match="no message"):
+        await db.threads.fork("t", at="nothing")
+    with pytest.raises(BadRequest, match="no message"):
+        await db.threads.fork(fork.id, at=middle.id)
+    with pytest.raises(ParentGone):
+        await db.threads.fork("missing")
+    with pytest.raises(BadOption, match="message_limit"):
+        await db.threads.fork("t", message_limit=-1)
+    await sound(db)
+
+
+async def test_a_fork_has_no_answers_to_calls_it_does_not_have(db: Persistence, sound: Sound) -> None:
+    await db.threads.create(id="t")
+    calls = [ToolCallPart("c1", "look", {}), ToolCallPart("c2", "look", {})]
+    await db.messages.append_many(
+        "t",
+        [
+            Message("user", "look twice"),
+            Message("assistant", None, tool_calls=calls),
+            Message("tool", "one", tool_call_id="c1"),
+            Message("tool", "two", tool_call_id="c2"),
+            Message("assistant", "done"),
+        ],
+    )
+
+    cut = await db.threads.fork("t", message_limit=3)
+    kept = await db.threads.fork("t", message_limit=4)
+    none = await db.threads.fork("t", message_limit=1, at=4)
+
+    assert [message.role for message in await db.threads.history(cut.id)] == ["assistant"]
+    assert [message.role for message in await db.threads.history(kept.id)] == ["assistant", "tool", "tool", "assistant"]
+    assert [call.state for call in await db.tool_calls.of(kept.id)] == ["completed", "completed"]
+    assert await db.threads.history(none.id) == []
+    await sound(db)
+
+
 async def test_a_deleted_thread_is_gone_with_its_messages(db: Persistence, driver: Any, sound: Sound) -> None:
     empty = await driver.everything()
     await ThreadManager(db, counting).create(id="t")

@@ -72,7 +72,7 @@ class Answer:
                     role="assistant",
                     content=step.content,
                     tool_calls=list(step.calls) or None,
-                    metadata=None if kind is None else {"response_type": kind},
+                    extra=None if kind is None else {"responseType": kind},
                 )
                 made.append(said)
             made += step.results
@@ -120,8 +120,9 @@ class Answer:
         kind: Any = None
         content, said = _field(result, "content"), _field(result, "message")
         calls, results = _calls(result), _results(result)
-        if content is _MISSING and said is not _MISSING:
+        if content is _MISSING:
             kind = _field(result, "type")
+        if content is _MISSING and said is not _MISSING:
             content = said
             if not isinstance(said, str | list | None):
                 content = _field(cast("object", said), "content")
@@ -177,10 +178,12 @@ class Answer:
         return self._steps[-1]
 
     def _call(self, value: Any) -> None:
-        """Note a call; of an id that was asked for already, what there is to add."""
+        """Note a call; of one that was asked for already, and has no result yet, what there is to add."""
         id_ = _field(value, *_IDS)
         known = self._asked(id_) if isinstance(id_, str) else None
         if known is None:
+            if _name_of(value) is None and self._asked(id_, open_=False) is not None:
+                return  # the end of a call that has its result
             known = self._asks(value)
         elif (arguments := _field(value, "arguments", "args", "input")) is not _MISSING:
             known.arguments = arguments
@@ -193,7 +196,7 @@ class Answer:
 
     def _answer_within(self, value: Any, part: ToolCallPart) -> None:
         """Note the result that a call brings along, if it does."""
-        if _field(value, "result", "output", "error") is not _MISSING:
+        if _field(value, "result", "output") is not _MISSING or _failed(value):
             self._answer(value, part.id)
 
     def _more_arguments(self, value: Any) -> None:
@@ -202,30 +205,36 @@ class Answer:
         if known is not None and isinstance(delta, str):
             known.arguments = delta if known.arguments is None else f"{known.arguments}{delta}"
 
-    def _asked(self, id_: str) -> ToolCallPart | None:
-        return next((call for step in reversed(self._steps) for call in step.calls if call.id == id_), None)
+    def _asked(self, id_: str, *, open_: bool = True) -> ToolCallPart | None:
+        """The last call of that id; ``open_``: only where it has no result."""
+        for step in reversed(self._steps):
+            asked = [call for call in step.calls if call.id == id_]
+            if asked and (not open_ or len(asked) > sum(each.tool_call_id == id_ for each in step.results)):
+                return asked[-1]
+        return None
 
     def _answer(self, value: Any, id_: Any = None) -> None:
         id_ = id_ or _field(value, *_IDS)
         if not isinstance(id_, str):
-            raise BadRequest("a tool's result has no tool_call_id: name the call that it answers")
-        result, error = _field(value, "result", "output", "content"), _field(value, "error")
-        failed = error not in (_MISSING, False) or _field(value, "is_error", "isError") is True
+            raise BadRequest("a tool's result has no tool_call_id: name the call, or pass extract= or extract_chunk=")
+        result, failed = _field(value, "result", "output", "content"), _failed(value)
         if isinstance(result, Mapping) and cast("Mapping[str, Any]", result).get("success") is False:
             failed = True
         if result is _MISSING:
-            result = None if error in (_MISSING, True, False) else error
+            error = _field(value, "error")
+            result = None if isinstance(error, bool) or error is _MISSING else error
         if isinstance(result, BaseException):
             result = str(result) or type(result).__name__
+        name = _field(value, "name", "tool_name", "toolName")
         for step in reversed(self._steps):
             asked = [call for call in step.calls if call.id == id_]
             if len(asked) > sum(each.tool_call_id == id_ for each in step.results):
                 step.results.append(_tool_message(id_, asked[0].name, result, failed))
                 return
-        name = _field(value, "name", "tool_name", "toolName")
-        step = _Step()  # it answers a call of an earlier turn
-        step.results.append(_tool_message(id_, name if isinstance(name, str) else None, result, failed))
-        self._steps.append(step)
+        if self._asked(id_, open_=False) is None:  # else it was told twice
+            step = _Step()  # it answers a call of an earlier turn
+            step.results.append(_tool_message(id_, name if isinstance(name, str) else None, result, failed))
+            self._steps.append(step)
 
 
 def read_tool_call(value: Any) -> ToolCallPart:
@@ -236,15 +245,27 @@ def read_tool_call(value: Any) -> ToolCallPart:
     """
     if isinstance(value, ToolCallPart):
         return ToolCallPart(value.id or _made_id(), value.name, value.arguments)
+    name = _name_of(value)
+    if name is None:
+        raise BadRequest("a tool call has no name: give id, name and arguments, or pass extract= or extract_chunk=")
     function = _field(value, "function")
     asked = value if function is _MISSING or isinstance(function, str) else function
-    name = function if isinstance(function, str) else _field(asked, "name", "tool_name", "toolName", "tool")
-    if not isinstance(name, str) or not name:
-        raise BadRequest("a tool call has no name: give it as {'id', 'name', 'arguments'}, or pass extract=")
     arguments, id_ = _field(asked, "arguments", "args", "input"), _field(value, *_IDS)
     return ToolCallPart(
         id_ if isinstance(id_, str) and id_ else _made_id(), name, None if arguments is _MISSING else arguments
     )
+
+
+def _name_of(value: Any) -> str | None:
+    function = _field(value, "function")
+    asked = value if function is _MISSING or isinstance(function, str) else function
+    name = function if isinstance(function, str) else _field(asked, "name", "tool_name", "toolName", "tool")
+    return name if isinstance(name, str) and name else None
+
+
+def _failed(value: Any) -> bool:
+    """Whether it says that something went wrong; an error that is empty says nothing."""
+    return _field(value, "is_error", "isError") is True or _field(value, "error") not in (_MISSING, False, "")
 
 
 def _made_id() -> str:

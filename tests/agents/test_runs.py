@@ -323,6 +323,8 @@ async def test_a_failed_call_is_told_from_one_that_succeeded(db: Persistence) ->
         {"id": "b", "name": "x", "result": {"success": False, "content": "denied"}},
         {"id": "c", "name": "x", "result": ValueError("bad"), "is_error": True},
         {"id": "d", "name": "x", "result": {"success": True}},
+        {"id": "e", "name": "x", "result": 0, "error": ""},
+        {"id": "f", "name": "x", "error": None, "result": None},
     ]
     await with_storage(lambda message: {"tool_calls": calls}, db).run("hi", thread_id="t")
 
@@ -332,14 +334,18 @@ async def test_a_failed_call_is_told_from_one_that_succeeded(db: Persistence) ->
         "b": ("failed", {"success": False, "content": "denied"}),
         "c": ("failed", "bad"),
         "d": ("completed", {"success": True}),
+        "e": ("completed", 0),
+        "f": ("pending", None),
     }
 
 
-async def test_the_kind_of_a_response_is_kept(db: Persistence) -> None:
-    await with_storage(lambda message: {"type": "execute", "message": "done"}, db).run("hi", thread_id="t")
+@pytest.mark.parametrize("response", [{"type": "execute", "message": "done"}, {"type": "execute", "steps": [1]}])
+async def test_the_kind_of_a_response_is_kept(db: Persistence, response: Any) -> None:
+    await with_storage(lambda message: response, db).run("hi", thread_id="t")
 
     [_, answer] = await db.threads.history("t")
-    assert answer.metadata == {"response_type": "execute"}
+    assert answer.extra == {"responseType": "execute"}
+    assert answer.content == response.get("message", '{"type":"execute","steps":[1]}')
 
 
 async def test_an_extractor_says_what_a_result_means(db: Persistence) -> None:
@@ -433,6 +439,21 @@ async def stream_of(*chunks: Any) -> AsyncIterator[Any]:
                 ("tool", 1, "c1"),
             ],
         ),
+        (
+            [
+                {"type": "tool_call", **FLAT},
+                {"type": "tool_call_end", **FLAT, "result": 1},
+                {"type": "tool_result", "tool_call_id": "c1", "result": 1},
+                {"type": "tool_call_end", "id": "c1"},
+                {"type": "tool_call", **FLAT},
+                {"type": "tool_result", "tool_call_id": "c1", "result": 2},
+            ],
+            [ASKED, ("tool", 1, "c1"), ASKED, ("tool", 2, "c1")],
+        ),
+        (
+            [{"type": "tool_result", "tool_call_id": "of an earlier turn", "result": 1}, "done"],
+            [("tool", 1, "of an earlier turn"), ("assistant", "done", None)],
+        ),
         ([{"type": "finish", "result": {"content": "all at once"}}], [("assistant", "all at once", None)]),
         (["a", {"type": "done", "result": {"content": "a"}}], [("assistant", "a", None)]),
     ],
@@ -451,6 +472,18 @@ async def test_every_kind_of_chunk_is_forwarded_and_kept(
     assert [each.partial for each in rest] == [None] * len(rest)
     assert stream.turn.messages == await db.threads.history("t")
     await sound(db)
+
+
+@pytest.mark.parametrize("chunk", [{"type": "tool_call", "id": "c1"}, {"type": "tool_result", "result": 1}])
+async def test_a_tool_event_that_nobody_understands_fails_the_turn(db: Persistence, chunk: Any) -> None:
+    stored = with_storage(lambda message: stream_of("so far", chunk), db)
+
+    with pytest.raises(BadRequest, match="extract_chunk="):
+        await stored.run("hi", thread_id="t")
+
+    [user, answer] = await db.threads.history("t")
+    assert user.error is not None
+    assert (answer.content, answer.partial) == ("so far", True)
 
 
 async def test_an_extractor_says_what_a_chunk_means(db: Persistence) -> None:

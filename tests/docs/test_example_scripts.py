@@ -92,8 +92,59 @@ def test_an_approval_survives_a_restart(tmp_path: Path, arguments: tuple[str, ..
     assert run("tool_calls_and_approval.py", *where, cwd=tmp_path) == APPROVAL
 
 
-def test_an_approval_needs_a_store_that_stays(tmp_path: Path) -> None:
+EXPORT = [
+    "exported 4 messages to conversation.json",
+    "imported 'Tea' for bob",
+    "  1 user: Is there tea?",
+    "  2 assistant:  look({'place': 'cupboard'}) -> ['green', 'black']",
+    "  3 tool: ['green', 'black']",
+    "  4 assistant: Green and black.",
+]
+EVENTS = [
+    "the reader follows",
+    "  browser got started",
+    "  browser got thinking",
+    "the connection is lost; the agent goes on",
+    "  2 events wait",
+    "the reader comes back",
+    "  browser got calling a tool",
+    "  browser got answering",
+    "  browser got finished",
+    "  0 events wait",
+]
+
+
+@pytest.mark.parametrize("arguments", [(), ("file:///{cwd}/folder", "sqlite:///other.db")])
+def test_a_conversation_moves_by_way_of_a_file(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    where = place(arguments, tmp_path)
+
+    assert run("export_import.py", *where, cwd=tmp_path) == EXPORT
+    assert run("export_import.py", *where, cwd=tmp_path) == EXPORT
+
+
+@pytest.mark.parametrize("arguments", PLACES)
+def test_a_reader_of_events_goes_on_where_it_was(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    where = place(arguments, tmp_path)
+
+    assert run("events_resume.py", *where, cwd=tmp_path) == EVENTS
+    assert run("events_resume.py", *where, cwd=tmp_path) == EVENTS
+
+
+def test_backups_rotate_and_can_be_opened(tmp_path: Path) -> None:
+    first = run("backup_rotate.py", cwd=tmp_path)
+    kept = sorted(path.name for path in (tmp_path / "backups").glob("*.db"))
+    second = run("backup_rotate.py", "sqlite:///rotate.db", cwd=tmp_path)
+
+    assert first == ["6 backups, 3 too many or too old", "the newest holds 5 of 6 new messages", "the last is Day 5"]
+    assert second == ["9 backups, 6 too many or too old", *first[1:]]
+    assert len(kept) == 3
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d-\d{6}\.db", name) for name in kept)
+    assert run("backup_rotate.py", "memory://", cwd=tmp_path, fails=1) == []
+
+
+def test_what_outlives_the_program_needs_a_store_that_stays(tmp_path: Path) -> None:
     assert run("tool_calls_and_approval.py", "memory://", cwd=tmp_path, fails=1) == []
+    assert run("events_resume.py", "memory://", cwd=tmp_path, fails=1) == []
 
 
 def test_every_script_is_run_here_and_says_how() -> None:

@@ -104,7 +104,7 @@ class Sessions(Lifecycle, Forks, Transfers):
         await self._all.own()
         return await self._delete(str(id), None)
 
-    def belong(self, belongs: Belongs) -> None:
+    def _belong(self, belongs: Belongs) -> None:
         """Let a field of sessions name what they belong to."""
         self._all.belongs.append(belongs)
         if belongs.cascade:
@@ -197,6 +197,7 @@ class Sessions(Lifecycle, Forks, Transfers):
             async for page in belonging(self._all.sessions, field, id_):
                 for entry in page:
                     await self._delete(keys.unescape(entry.key[len(prefix) :]), guard)
+            await self._all.births.deletions.finish_all()  # of those that somebody removed and could not finish
 
         return cascade
 

@@ -344,9 +344,9 @@ def with_storage(
 
 async def continue_thread(
     agent: Any,
+    db: Persistence,
     thread_id: str | UUID,
     message: Given,
-    db: Persistence,
     *,
     load_history: bool = True,
     message_limit: int = _LIMIT,
@@ -371,9 +371,9 @@ async def continue_thread(
 
 def stream_continue_thread(
     agent: Any,
+    db: Persistence,
     thread_id: str | UUID,
     message: Given,
-    db: Persistence,
     *,
     load_history: bool = True,
     message_limit: int = _LIMIT,

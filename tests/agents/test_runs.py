@@ -930,9 +930,9 @@ async def test_a_thread_is_continued_with_its_history(db: Persistence) -> None:
         return f"{message} after {len(history)}, the first {history[0]['content'] if history else None}"
 
     everything = await continue_thread(agent=agent, thread_id="t", message="a", db=db)
-    two = await continue_thread(agent, "t", "b", db, message_limit=2)
-    none = await continue_thread(agent, "t", "c", db, load_history=False)
-    unsaved = await continue_thread(agent, "t", "d", db, persist_messages=False)
+    two = await continue_thread(agent, db, "t", "b", message_limit=2)
+    none = await continue_thread(agent, db, "t", "c", load_history=False)
+    unsaved = await continue_thread(agent, db, "t", "d", persist_messages=False)
 
     assert everything == "a after 50, the first 10"
     assert two == "b after 2, the first a"
@@ -944,7 +944,7 @@ async def test_a_thread_is_continued_with_its_history(db: Persistence) -> None:
 async def test_a_thread_is_continued_as_a_stream(db: Persistence) -> None:
     await db.sessions.create(id="t")
 
-    given = [chunk async for chunk in stream_continue_thread(async_chunks, "t", "hi", db)]
+    given = [chunk async for chunk in stream_continue_thread(async_chunks, db, "t", "hi")]
 
     assert given == ["hi", "!"]
     assert await said(db) == [("user", "hi"), ("assistant", "hi!")]
@@ -953,15 +953,15 @@ async def test_a_thread_is_continued_as_a_stream(db: Persistence) -> None:
 @pytest.mark.parametrize("persist", [True, False])
 async def test_a_thread_that_is_not_there_cannot_be_continued(db: Persistence, persist: bool) -> None:
     with pytest.raises(ParentGone):
-        await continue_thread(echo, "t", "hi", db, persist_messages=persist)
+        await continue_thread(echo, db, "t", "hi", persist_messages=persist)
     with pytest.raises(ParentGone):
-        await anext(stream_continue_thread(echo, "t", "hi", db, persist_messages=persist))
+        await anext(stream_continue_thread(echo, db, "t", "hi", persist_messages=persist))
     assert await db.sessions.count() == 0
 
 
 async def test_a_setting_that_is_not_there_is_refused(db: Persistence) -> None:
     with pytest.raises(BadRequest, match="autosave"):
-        await continue_thread(echo, "t", "hi", db, autosave=True)
+        await continue_thread(echo, db, "t", "hi", autosave=True)
     with pytest.raises(BadOption, match="max_history_messages"):
         with_storage(echo, db, max_history_messages=-1)
 

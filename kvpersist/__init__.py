@@ -23,13 +23,17 @@ if TYPE_CHECKING:
     from kvpersist.agents.images import Image
     from kvpersist.agents.login_sessions import LoginSession
     from kvpersist.agents.media import Media
+    from kvpersist.agents.middleware import PersistenceMiddleware
     from kvpersist.agents.persistence import Persistence
     from kvpersist.agents.persistence import open as open
     from kvpersist.agents.prototypes import Prototype
     from kvpersist.agents.providers import Provider
     from kvpersist.agents.records import Message, Session, TimelineItem, ToolCall, ToolCallPart
+    from kvpersist.agents.runs import StoredAgent, continue_thread, stream_continue_thread, with_storage
     from kvpersist.agents.secrets import new_secret_key
     from kvpersist.agents.snapshots import Bookmark, Snapshot
+    from kvpersist.agents.streams import StoredStream, StoredTurn
+    from kvpersist.agents.threads import ThreadManager
     from kvpersist.agents.todos import Todo, TodoList
     from kvpersist.agents.traces import TokenUsage, Trace
     from kvpersist.changes import Change, Watch
@@ -74,6 +78,7 @@ __all__ = [
     "NewEvent",
     "Page",
     "Persistence",
+    "PersistenceMiddleware",
     "Prototype",
     "Provider",
     "RecoveredFile",
@@ -81,6 +86,10 @@ __all__ = [
     "Session",
     "Snapshot",
     "Store",
+    "StoredAgent",
+    "StoredStream",
+    "StoredTurn",
+    "ThreadManager",
     "TimelineItem",
     "Todo",
     "TodoList",
@@ -97,10 +106,13 @@ __all__ = [
     "at_least",
     "at_most",
     "between",
+    "continue_thread",
     "new_secret_key",
     "open_store",
     "open_store_sync",
     "open_sync",
+    "stream_continue_thread",
+    "with_storage",
 ]
 
 __version__ = "0.1.0"
@@ -115,11 +127,15 @@ _HOMES: Final = {
     "kvpersist.agents.login_sessions": ("LoginSession",),
     "kvpersist.agents.prototypes": ("Prototype",),
     "kvpersist.agents.providers": ("Provider",),
+    "kvpersist.agents.runs": ("StoredAgent", "continue_thread", "stream_continue_thread", "with_storage"),
     "kvpersist.agents.secrets": ("new_secret_key",),
+    "kvpersist.agents.streams": ("StoredStream", "StoredTurn"),
+    "kvpersist.agents.threads": ("ThreadManager",),
     "kvpersist.agents.traces": (
         "TokenUsage",
         "Trace",
     ),
+    "kvpersist.agents.middleware": ("PersistenceMiddleware",),
     "kvpersist.agents.persistence": ("Persistence", "open"),
     "kvpersist.agents.records": ("Message", "Session", "TimelineItem", "ToolCall", "ToolCallPart"),
     "kvpersist.agents.snapshots": ("Bookmark", "Snapshot"),

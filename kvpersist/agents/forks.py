@@ -40,7 +40,13 @@ class Forks:
         async def delete(self, id: str | UUID) -> bool: ...
 
     async def fork(
-        self, session_id: str | UUID, *, at: int | str | UUID | None = None, count: int = 1, **fields: Any
+        self,
+        session_id: str | UUID,
+        *,
+        at: int | str | UUID | None = None,
+        after: int = 0,
+        count: int = 1,
+        **fields: Any,
     ) -> _Sessions:
         """Make sessions that begin as this one does, and return them.
 
@@ -54,6 +60,7 @@ class Forks:
 
         Args:
             at: the last message that is copied, by number or id; None: all.
+            after: only messages above this number are copied.
             count: how many to make.
             fields: of the new sessions, in place of the parent's.
 
@@ -65,6 +72,8 @@ class Forks:
         parent_id = str(session_id)
         if count < 1:
             raise BadRequest(f"count={count}: make one fork, or more")
+        if after < 0:
+            raise BadRequest(f"after={after}: the number of a message, or 0")
         if count > 1 and fields.get("id"):
             raise BadRequest("one id for several forks: leave it out, or make them one by one")
         for name in ("parent_id", "forked_at", "lineage"):
@@ -85,7 +94,7 @@ class Forks:
                 session, updated_at = new_session(inherited | fields, self._all.now())
                 making = Making(self._all, self._turns, session, updated_at)
                 made.append(making)
-                session.forked_at = await self._copy(parent_id, making, last)
+                session.forked_at = await self._copy(parent_id, making, after, last)
                 forks.append(await making.finish())
         except BaseException:  # cancelled too
             for fork in forks:
@@ -95,13 +104,13 @@ class Forks:
             raise
         return forks
 
-    async def _copy(self, parent_id: str, making: Making, last: int) -> int:
-        """Copy what was said up to message ``last``; return the number of the last message there was."""
+    async def _copy(self, parent_id: str, making: Making, after: int, last: int) -> int:
+        """Copy what was said behind message ``after`` up to ``last``; return the number of the last one there was."""
         every = self._all
         part = keys.encode(parent_id)
         copied, page = 0, list[Message]()
-        first = 0  # where the calls of the next page begin
-        async for entry in after_stat(every.store, f"{every.message_prefix}{part}!", 0):
+        first = after + 1 if after else 0  # where the calls of the next page begin
+        async for entry in after_stat(every.store, f"{every.message_prefix}{part}!", after):
             if keys.decode(entry.key.rpartition("!")[2], int) > last:
                 break
             if live(entry) is None:

@@ -34,6 +34,8 @@ from kvpersist.agents.secrets import SecretKey, Secrets
 from kvpersist.agents.sessions import Sessions
 from kvpersist.agents.snapshots import Snapshots
 from kvpersist.agents.stat import tool_stats
+from kvpersist.agents.streams import Ending
+from kvpersist.agents.threads import ThreadManager
 from kvpersist.agents.todos import Todos
 from kvpersist.agents.tool_calls import ToolCalls
 from kvpersist.agents.traces import Traces
@@ -80,6 +82,7 @@ class Persistence:
         containers, images, prototypes, providers: what sessions are made in, and of.
         login_sessions: who is logged in.
         events: the topics, an `EventQueue`.
+        threads: sessions as agents use them, a `ThreadManager`.
     """
 
     def __init__(
@@ -167,6 +170,8 @@ class Persistence:
             media=self.media,
         )
         self.agents = Agents(agents, self.sessions, self.snapshots, self._forks)
+        self._ending = Ending()
+        self.threads = ThreadManager(self)
         self._owns_store = owns_store
 
     def repository(
@@ -281,10 +286,13 @@ class Persistence:
         return total
 
     async def close(self) -> None:
-        """End what reads events, and close the store if `open` opened it; a second call does nothing."""
-        await self.events.close()
-        if self._owns_store:
-            await self.store.close()
+        """End runs that stream and what reads events, and close the store if `open` opened it; once is enough."""
+        try:
+            await self._ending.settle()
+        finally:
+            await self.events.close()
+            if self._owns_store:
+                await self.store.close()
 
     async def _stat_pages(self, where: dict[str, str]) -> AsyncIterator[list[Entry]]:
         prefix = self._all.stat_prefix

@@ -169,7 +169,11 @@ async def test_reading_every_session_has_to_be_asked_for(db: Persistence, driver
 
 
 async def test_a_declared_index_answers_what_was_a_scan(driver: Any) -> None:
-    indexes = [Index("metadata.topic", type=str), Index("external_id", unique=True), Index("user_id", order_by="-created_at")]
+    indexes = [
+        Index("metadata.topic", type=str),
+        Index("external_id", unique=True),
+        Index("user_id", order_by="-created_at"),
+    ]
     async with kvpersist.open(driver, session_indexes=indexes) as db:
         await many(db, 3, metadata={"topic": "tea", "n": 1})
         await db.sessions.create(id="x", metadata={"topic": "tea", "n": 2}, external_id="7")
@@ -311,7 +315,9 @@ async def test_a_damaged_session_is_passed_over_when_told_to() -> None:
             assert {error.key for error in skipped} == {"kv:session:s01"}
 
 
-async def test_a_query_begins_again_when_its_index_was_replaced(db: Persistence, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_query_begins_again_when_its_index_was_replaced(
+    db: Persistence, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await many(db, 5, user_id="u")
     reader = db._all.sessions._reader
     real = reader.unchanged
@@ -332,7 +338,9 @@ async def test_a_query_begins_again_when_its_index_was_replaced(db: Persistence,
 # ---- messages
 
 
-async def test_one_session_s_messages_are_read_from_its_own_range_in_bounded_memory(db: Persistence, driver: Any) -> None:
+async def test_one_session_s_messages_are_read_from_its_own_range_in_bounded_memory(
+    db: Persistence, driver: Any
+) -> None:
     await db.sessions.create(id="s")
     await db.sessions.create(id="t")
     for session in "st":
@@ -491,14 +499,16 @@ async def test_calls_across_sessions_come_newest_first_and_filters_apply_before_
     assert await found(is_error=True, name="read", limit=1) == [("s1", "read")]
     assert await found(is_error=False, name="read", limit=1, offset=1) == [("s4", "read")]
     assert await found(state="PENDING") == [("s0", "search")]
-    assert await found(created=between(at(2), at(3)), order="asc") == [
-        ("s2", "read"),
-        ("s2", "search"),
-        ("s3", "read"),
-        ("s3", "search"),
-    ] or await found(created=between(at(2), at(3)), order="asc") == (
-        await found(created=between(at(2), at(3)))
-    )[::-1]
+    assert (
+        await found(created=between(at(2), at(3)), order="asc")
+        == [
+            ("s2", "read"),
+            ("s2", "search"),
+            ("s3", "read"),
+            ("s3", "search"),
+        ]
+        or await found(created=between(at(2), at(3)), order="asc") == (await found(created=between(at(2), at(3))))[::-1]
+    )
     assert await found("s0") == [("s0", "search"), ("s0", "read"), ("s0", "search")]
     assert await found("s0", order="asc", name="read") == [("s0", "read")]
     assert [call.result for call in await db.tool_calls.find("s1", name="read")] == ["read of s1"]
@@ -568,7 +578,9 @@ async def test_an_index_is_asked_only_when_it_holds_everything() -> None:
         definitions = db._all.sessions._definitions
         known = await definitions.known()
         kept = tuple(each for each in known.definition.indexes if not each.name.startswith("agent_id"))
-        await definitions._write(msgspec.structs.replace(known.definition, indexes=kept), await entry_of(db, definitions.key))
+        await definitions._write(
+            msgspec.structs.replace(known.definition, indexes=kept), await entry_of(db, definitions.key)
+        )
         for key in [key async for key in keys_of(db, "kv:session#agent_id")]:
             await db.store._commit((kvpersist.driver.Delete(key),))
     async with kvpersist.open(driver) as db:

@@ -87,9 +87,7 @@ def turns(draw: st.DrawFn) -> list[Message]:
         elif role == "tool":
             id_ = draw(st.sampled_from(asked)) if asked else None
             error = draw(st.sampled_from([None, False, True]))
-            made.append(
-                Message("tool", content, tool_call_id=id_, is_error=error, created_at=at, metadata=metadata)
-            )
+            made.append(Message("tool", content, tool_call_id=id_, is_error=error, created_at=at, metadata=metadata))
         else:
             name = draw(st.sampled_from([None, "bob"]))
             made.append(Message(role, content, name=name, created_at=at, metadata=metadata))
@@ -181,7 +179,8 @@ def session_fits(session: Session, messages: int, where: dict[str, Any]) -> bool
         "message_count": lambda asked: fits(messages, asked),
     }
     return all(
-        tests[label](asked) if label in tests else fits(getattr(session, label), asked) for label, asked in where.items()
+        tests[label](asked) if label in tests else fits(getattr(session, label), asked)
+        for label, asked in where.items()
     )
 
 
@@ -388,9 +387,7 @@ async def compare_calls(
     if session is not None:
         down = [call for call in mine if call.session_id == session.id][::-1]
     else:
-        down = sorted(
-            mine, key=lambda c: (downwards(c.created_at), keys.encode(c.session_id), c.number, c.position)
-        )
+        down = sorted(mine, key=lambda c: (downwards(c.created_at), keys.encode(c.session_id), c.number, c.position))
     # an index of one moment orders by place
     ties = session is None and isinstance(where.get("created"), datetime) and where.keys() & {"name", "state"}
     expected = None if ties else down if order != "asc" else down[::-1]
@@ -415,7 +412,9 @@ async def compare_search(db: Persistence, messages: dict[str, list[Message]]) ->
         assert {m.id for m in found} <= {m.id for m in hits}
         if text not in ("e", "arcel"):
             assert {m.id for m in found} == {m.id for m in hits}, text
-        assert list(found) == sorted(found, key=lambda m: (downwards(m.created_at), keys.encode(m.session_id), m.number))
+        assert list(found) == sorted(
+            found, key=lambda m: (downwards(m.created_at), keys.encode(m.session_id), m.number)
+        )
 
 
 orders = st.sampled_from(
@@ -432,7 +431,10 @@ questions = st.fixed_dictionaries(
         "sessions": st.lists(st.tuples(session_where, orders, st.booleans()), min_size=4, max_size=4),
         "messages": st.lists(
             st.tuples(
-                message_where, scopes, st.sampled_from([None, "asc", "desc", "created_at", "-created_at"]), st.booleans()
+                message_where,
+                scopes,
+                st.sampled_from([None, "asc", "desc", "created_at", "-created_at"]),
+                st.booleans(),
             ),
             min_size=4,
             max_size=4,
@@ -447,7 +449,14 @@ questions = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize("backend", ["memory", "sqlite", "ordered"])
-@settings(phases=[Phase.generate], max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    phases=[Phase.generate],
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 @given(data=stores, queries=questions)
-def test_every_query_answers_what_its_conditions_mean(backend: str, data: dict[str, Any], queries: dict[str, Any]) -> None:
+def test_every_query_answers_what_its_conditions_mean(
+    backend: str, data: dict[str, Any], queries: dict[str, Any]
+) -> None:
     asyncio.run(compare(backend, data, queries))

@@ -26,11 +26,15 @@ from kvpersist import (
     Message,
     NewEvent,
     Persistence,
+    PersistenceMiddleware,
     RecoveredFile,
     Repository,
     Session,
     Snapshot,
     Store,
+    StoredAgent,
+    StoredStream,
+    ThreadManager,
     TimelineItem,
     Todo,
     TodoList,
@@ -42,8 +46,11 @@ from kvpersist.agents.agents import Agents
 from kvpersist.agents.history import Compressions, RecoveredFiles, Windows
 from kvpersist.agents.media import MediaCache
 from kvpersist.agents.messages import Messages
+from kvpersist.agents.middleware import Handler
+from kvpersist.agents.model_messages import model_messages, system_text
 from kvpersist.agents.sessions import Sessions
 from kvpersist.agents.snapshots import Snapshots
+from kvpersist.agents.threads import ThreadContext
 from kvpersist.agents.todos import Todos
 from kvpersist.agents.tool_calls import ToolCalls
 from kvpersist.events import Claimed, EventGroup, GroupStats, Lag, Parked, Subscription, TopicStats
@@ -90,6 +97,12 @@ def shown(cells: str) -> dict[str, list[str]]:
         ("agent-state.md", "db.windows", Compressions),
         ("agent-state.md", "db.windows", RecoveredFiles),
         ("agent-state.md", "db.windows", MediaCache),
+        ("runs.md", "StoredAgent", StoredAgent),
+        ("runs.md", "StoredStream", StoredStream),
+        ("runs.md", "db.threads", ThreadManager),
+        ("runs.md", "ThreadContext", ThreadContext),
+        ("runs.md", "PersistenceMiddleware", PersistenceMiddleware),
+        ("runs.md", "Handler", Handler),
         ("events.md", "EventQueue", EventQueue),
         ("events.md", "Subscription", Subscription),
         ("events.md", "EventGroup", EventGroup),
@@ -163,6 +176,27 @@ def test_every_setting_of_an_event_queue_is_named() -> None:
     named = re.findall(r"`(\w+)`", cells)
 
     assert named == list(inspect.signature(EventQueue).parameters)[1:]
+
+
+def test_every_setting_of_a_stored_agent_is_named() -> None:
+    cells = first_cells("runs.md").partition("`run(")[0]
+
+    assert re.findall(r"`(\w+)`", cells) == list(inspect.signature(kvpersist.with_storage).parameters)[2:]
+
+
+@pytest.mark.parametrize(
+    "function", [kvpersist.continue_thread, kvpersist.stream_continue_thread, model_messages, system_text]
+)
+def test_every_function_round_a_run_is_named_with_its_arguments(function: Any) -> None:
+    named = shown(first_cells("runs.md", "Functions"))
+
+    assert named[function.__name__] == list(inspect.signature(function).parameters)
+
+
+def test_every_setting_of_the_middleware_is_named() -> None:
+    [arguments] = re.findall(r"`PersistenceMiddleware\((.*?)\)`\.", (REFERENCE / "runs.md").read_text("utf-8"))
+
+    assert re.findall(r"(\w+)(?:=[^,]+)?(?:, |$)", arguments) == [*inspect.signature(PersistenceMiddleware).parameters]
 
 
 def test_every_command_is_listed() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, cast
 from uuid import UUID
 
 from msgspec import UNSET, UnsetType
@@ -14,22 +15,27 @@ from msgspec import UNSET, UnsetType
 from kvpersist import keys
 from kvpersist.agents.collections import Collections
 from kvpersist.agents.deletion import Deletions
+from kvpersist.agents.health import Health, health_of
 from kvpersist.agents.messages import Messages
 from kvpersist.agents.ordered import OrderedTurns
+from kvpersist.agents.placement import Beside, Placement, events_of
 from kvpersist.agents.records import Message, Session, Stats, TimelineItem, ToolCall
 from kvpersist.agents.sessions import Sessions
 from kvpersist.agents.tool_calls import ToolCalls
 from kvpersist.agents.turns import Turns
+from kvpersist.config import DotEnv, Resolved, home_of, resolve, variables
 from kvpersist.driver import Clock, Driver
 from kvpersist.errors import BadOption, ReadOnly
 from kvpersist.events import EventQueue
 from kvpersist.events.queue import COLLECTIONS
+from kvpersist.home import LOGS, Home
 from kvpersist.index import Index
 from kvpersist.index.reads import OnCorrupt, decoded
 from kvpersist.index.rebuild import Reindexed
 from kvpersist.log import require_sequences
+from kvpersist.metrics import Metrics
 from kvpersist.repository import Repository
-from kvpersist.store import Opening, Store, _caller, _opened
+from kvpersist.store import Opening, Store, _caller, _meant, _opened
 from kvpersist.transaction import Transaction
 from kvpersist.urls import Where
 
@@ -38,7 +44,20 @@ __all__ = ["Persistence", "open"]
 R = TypeVar("R")
 
 _PAGE = 500  # stats read at once
-_ARGUMENTS = ("namespace", "session_indexes", "message_indexes", "tool_call_indexes", "events", "clock")  # of `open`
+_SHARED = frozenset(("timeout", "sweep"))  # settings that all stores get
+_ARGUMENTS = (  # of `open`, that are no settings of a URL
+    "namespace",
+    "session_indexes",
+    "message_indexes",
+    "tool_call_indexes",
+    "events",
+    "files",
+    "clock",
+    "profile",
+    "home",
+    "dotenv",
+    "logs",
+)
 _COLLECTIONS = frozenset(("session", "message", "tool_call", *COLLECTIONS))
 
 
@@ -47,6 +66,8 @@ class Persistence:
 
     Attributes:
         store: plain keys beside the records, in namespaces of their own.
+        placement: the stores there are, and what is kept in which.
+        home: the home folder, None where there is none.
         sessions, messages, tool_calls: the records.
         events: the topics, an `EventQueue`.
     """
@@ -60,10 +81,14 @@ class Persistence:
         message_indexes: Iterable[Index] = (),
         tool_call_indexes: Iterable[Index] = (),
         events: Mapping[str, Any] | None = None,
-        owns_store: bool = False,
+        placement: Placement | None = None,
+        home: Home | None = None,
     ) -> None:
+        """``placement`` has ``store`` as its main one; None: everything is in that. `open` is what a user calls."""
         require_sequences(store, "persistence of sessions")
         self.store = store
+        self.placement = placement or Placement(store)
+        self.home = home
         self.namespace = namespace
         more_calls = list(tool_call_indexes)
         sessions = Repository(
@@ -100,8 +125,8 @@ class Persistence:
         self.sessions = Sessions(self._all, turns, self._deletions)
         self.messages = Messages(self._all, turns)
         self.tool_calls = ToolCalls(self._all, turns)
-        self.events = EventQueue(store, namespace=namespace, **(events or {}))
-        self._owns_store = owns_store
+        self.events = EventQueue(self.placement.store_of("events"), namespace=namespace, **(events or {}))
+        self._on_close: list[Callable[[], None]] = []
 
     def repository(
         self,
@@ -204,11 +229,29 @@ class Persistence:
                 return total
             start = page[-1].key + "!"  # no key lies between a key and itself + '!'
 
+    async def health(self, *, timeout: float = 5.0, write: bool = True) -> Health:
+        """Ask every store whether it answers and can be written; raises nothing.
+
+        Args:
+            timeout: seconds after which a store counts as not answering.
+            write: write a key and remove it again, in each store; otherwise `StoreHealth.writable` is None.
+        """
+        return await health_of(self.placement.stores, timeout=timeout, write=write)
+
+    def metrics(self) -> Metrics:
+        """What all stores together did since they were opened; `Store.metrics` tells of one."""
+        return Metrics.total(store.metrics() for store in self.placement.stores.values())
+
     async def close(self) -> None:
-        """End what reads events, and close the store if `open` opened it; a second call does nothing."""
-        await self.events.close()
-        if self._owns_store:
-            await self.store.close()
+        """End what reads events, and close the stores that `open` opened; a second call does nothing."""
+        try:
+            await self.events.close()
+        finally:
+            try:
+                await self.placement.close()
+            finally:
+                while self._on_close:
+                    self._on_close.pop()()
 
     async def __aenter__(self) -> Self:
         return self
@@ -224,12 +267,17 @@ def open(
     session_indexes: Iterable[Index] = (),
     message_indexes: Iterable[Index] = (),
     tool_call_indexes: Iterable[Index] = (),
-    events: Mapping[str, Any] | None = None,
+    events: Mapping[str, Any] | Beside = None,
+    files: Beside = None,
     codec: Literal["msgpack", "json"] | None = None,
     ttl: float | None | UnsetType = UNSET,
     timeout: float | None | UnsetType = UNSET,
     clock: Clock = time.time,
     sweep: float | None | UnsetType = UNSET,
+    profile: str | None = None,
+    home: Home | str | os.PathLike[str] | None = None,
+    dotenv: DotEnv = False,
+    logs: int | str | bool | None = None,
     **options: Any,
 ) -> Opening[Persistence]:
     """Open an agent's records; ``async with`` it, or await it and close it.
@@ -239,12 +287,19 @@ def open(
     Args:
         where: a URL, a path, a mapping with a ``type`` key, a ready Driver, an open Store (both yours
             to close), or None: ``KVPERSIST_URL``, then ``kvpersist.toml``, then a SQLite file in the
-            user's data folder.
+            home folder or the user's data folder. A mapping may hold ``files`` and ``events``, too.
         namespace: a tenant or application; namespaces of one store do not see each other.
         session_indexes, message_indexes, tool_call_indexes: indexes beyond the usual ones.
-        events: settings of ``db.events``, such as ``{"retention": 7 * 86_400}``, as for `EventQueue`.
+        events: settings of ``db.events``, such as ``{"retention": 7 * 86_400}``, as for `EventQueue`; or a
+            store of their own, by anything that ``where`` takes; or both, ``{"url": ..., "retention": ...}``.
+        files: a store of their own for todos, history windows, recovered files and media, such as
+            ``"file:///var/lib/agents"``. `Placement` tells what is where; no batch spans two stores.
         codec, ttl, timeout, clock, sweep: as for `open_store`. ``ttl`` is for plain keys, and for
-            repositories of your own: sessions and what belongs to them do not expire.
+            repositories of your own: sessions and what belongs to them do not expire. ``timeout``,
+            ``clock`` and ``sweep`` are for all stores that are opened, the others for the main one.
+        profile, home, dotenv: as for `open_store`; ``home``, or ``KVPERSIST_HOME``, becomes ``db.home``.
+        logs: write what the library logs to a file in the home folder, from this level on, until the
+            end: True, a name or number of `logging`; None: as ``KVPERSIST_LOGS`` says, which is no file.
         options: the driver's, as for `open_store`.
 
     Raises:
@@ -254,29 +309,61 @@ def open(
     given: dict[str, Any] = {"codec": codec or UNSET, "ttl": ttl, "timeout": timeout, "sweep": sweep}
     given = {name: value for name, value in given.items() if value is not UNSET}
 
+    async def beside(place: Any) -> Store:
+        is_named = isinstance(place, str | os.PathLike | Mapping)
+        named = resolve(cast("Where", place)) if is_named else place
+        return await _opened(named, {name: given[name] for name in _SHARED & given.keys()}, clock, opener, also=())
+
     async def make() -> Persistence:
-        store = await _opened(where, options, given, clock, opener, also=_ARGUMENTS)
-        owns = store is not where
+        environ = variables(dotenv)
+        meant = _meant(where, options, profile, home, environ, also=_ARGUMENTS)
+        folder = home_of(home, environ)
+        end_logs = _logging(logs, folder, environ)
+        placement: Placement | None = None
         try:
+            configured = meant if isinstance(meant, Resolved) else None
+            place, settings = events_of(events, configured and configured.events)
+            store = await _opened(meant, given, clock, opener, also=_ARGUMENTS)
+            placement = Placement(store)
+            if store is not where:
+                placement.opened.append(store)
+            await placement.add(files if files is not None else configured and configured.files, place, beside)
             db = Persistence(
                 store,
                 namespace=namespace,
                 session_indexes=session_indexes,
                 message_indexes=message_indexes,
                 tool_call_indexes=tool_call_indexes,
-                events=events,
-                owns_store=owns,
+                events=settings,
+                placement=placement,
+                home=folder,
             )
+            db._on_close.append(end_logs)
             await db._all.own()  # before a plain write can put something between the records
             with suppress(ReadOnly):  # whoever may write finishes them; what is left is not seen here either
                 await db._deletions.finish_all()
         except BaseException:  # cancelled too: nothing may stay open
-            if owns:
-                await store.close()
+            try:
+                if placement is not None:
+                    await placement.close()
+            finally:
+                end_logs()
             raise
         return db
 
     return Opening(make)
+
+
+def _logging(level: int | str | bool | None, home: Home | None, environ: Mapping[str, str]) -> Callable[[], None]:
+    """Begin to write a log file if one is asked for; return what ends that."""
+    asked = "logs" if level is not None else LOGS
+    if level is None:
+        level = environ.get(LOGS) or False
+    if level is False:
+        return lambda: None
+    if home is None:
+        raise BadOption(asked, "there is no home folder to write logs to: give home=DIR, or set KVPERSIST_HOME")
+    return home.log_to_file(level)
 
 
 def _own(indexes: Iterable[Index]) -> list[Index]:

@@ -89,6 +89,7 @@ def test_the_scan_finds_what_revives_and_runs() -> None:
 def test_a_module_imports_what_its_extra_brings_and_no_more(module: str) -> None:
     extras = {
         "kvpersist.cli": _CLI,
+        "kvpersist.env": {"dotenv"},
         "kvpersist.testing": _TESTING,
         "kvpersist_drivers.postgres": _POSTGRES,
         "kvpersist_drivers.mysql": {"asyncmy"},

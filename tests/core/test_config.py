@@ -269,7 +269,7 @@ async def test_an_open_function_takes_a_home(home: Path, folder: Path, tmp_path:
             "ü" * 100,
             "x" * 300,
         ),
-        *("~", " ", ".hidden", "\n", "UPPER", "upper"),
+        *("x" * 300, "~", " ", ".hidden", "\n", "UPPER", "upper"),
     ],
 )
 def test_a_work_folder_lies_in_the_home_folder_whatever_the_id(tmp_path: Path, id_: str) -> None:

@@ -1,4 +1,4 @@
-"""Whether the stores answer, and can be written: `Persistence.health`."""
+"""Whether the stores answer and can be written, and what is in them: `Persistence.health` and `totals`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Final
 
 import msgspec
 
-from kvpersist.driver import Batch, Delete, Pings, Put
+from kvpersist.driver import Batch, Delete, Measures, Pings, Put
 from kvpersist.errors import KvError, ReadOnly, Unsupported
 from kvpersist.store import Store
 
-__all__ = ["Health", "StoreHealth", "health_of"]
+__all__ = ["Health", "StoreHealth", "Totals", "health_of", "size_of"]
 
 _KEY: Final = "kvpersist:health:"  # and a random end: what one check writes, no other removes
 _LEFT: Final = 60.0  # seconds after which a probe that could not be removed expires
@@ -58,6 +58,29 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     latency: float | None
     stores: dict[str, StoreHealth]
     checked_at: datetime
+
+
+class Totals(msgspec.Struct, frozen=True, kw_only=True):
+    """What is stored.
+
+    Attributes:
+        records: by collection, such as "agent", "image" and "snapshot"; those without any are left out.
+        bytes: by store, the room it takes in its backend, with what else is in the same file or table; None: the
+            driver cannot tell.
+    """
+
+    sessions: int
+    messages: int
+    tool_calls: int
+    records: dict[str, int]
+    bytes: dict[str, int | None]
+    collected_at: datetime
+
+
+async def size_of(store: Store) -> int | None:
+    """Ask a store's driver for the bytes that it takes; None: it cannot tell."""
+    store._check()
+    return await store.driver.size() if isinstance(store.driver, Measures) else None
 
 
 async def health_of(stores: Mapping[str, Store], *, timeout: float, write: bool) -> Health:

@@ -7,25 +7,41 @@ import time
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
+from datetime import UTC, datetime
 from typing import Any, Literal, Self, TypeVar, cast
 from uuid import UUID
 
 from msgspec import UNSET, UnsetType
 
 from kvpersist import keys
+from kvpersist.agents.agent_forks import AgentForks, topic_cascade
+from kvpersist.agents.agents import AgentParents, Agents
+from kvpersist.agents.checking import Checker, Consistency
 from kvpersist.agents.collections import Collections
-from kvpersist.agents.deletion import Deletions
-from kvpersist.agents.health import Health, health_of
+from kvpersist.agents.confirmations import Confirmations
+from kvpersist.agents.containers import Containers
+from kvpersist.agents.family import Belongs, Family
+from kvpersist.agents.health import Health, Totals, health_of, size_of
+from kvpersist.agents.history import Compressions, RecoveredFiles, Windows
+from kvpersist.agents.images import Images
+from kvpersist.agents.login_sessions import LoginSessions
+from kvpersist.agents.media import MediaCache
 from kvpersist.agents.messages import Messages
 from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.placement import Beside, Placement, events_of
+from kvpersist.agents.prototypes import Prototypes
+from kvpersist.agents.providers import Providers
 from kvpersist.agents.records import Message, Session, Stats, TimelineItem, ToolCall
+from kvpersist.agents.secrets import SecretKey, Secrets
 from kvpersist.agents.sessions import Sessions
+from kvpersist.agents.snapshots import Snapshots
+from kvpersist.agents.todos import Todos
 from kvpersist.agents.tool_calls import ToolCalls
+from kvpersist.agents.traces import Traces
 from kvpersist.agents.turns import Turns
 from kvpersist.config import DotEnv, Resolved, home_of, resolve, variables
 from kvpersist.driver import Clock, Driver
-from kvpersist.errors import BadOption, ReadOnly
+from kvpersist.errors import BadOption, BadRequest, ReadOnly
 from kvpersist.events import EventQueue
 from kvpersist.events.queue import COLLECTIONS
 from kvpersist.home import LOGS, Home
@@ -44,6 +60,7 @@ __all__ = ["Persistence", "open"]
 R = TypeVar("R")
 
 _PAGE = 500  # stats read at once
+_REFERENCES = (("snapshot", "session_id", "session"), ("compression", "window_id", "window"))
 _SHARED = frozenset(("timeout", "sweep"))  # settings that all stores get
 _ARGUMENTS = (  # of `open`, that are no settings of a URL
     "namespace",
@@ -52,6 +69,7 @@ _ARGUMENTS = (  # of `open`, that are no settings of a URL
     "tool_call_indexes",
     "events",
     "files",
+    "secret_key",
     "clock",
     "profile",
     "home",
@@ -69,6 +87,10 @@ class Persistence:
         placement: the stores there are, and what is kept in which.
         home: the home folder, None where there is none.
         sessions, messages, tool_calls: the records.
+        agents, todos, snapshots, windows, compressions, recovered_files, media: agents, and their state.
+        confirmations, traces: what belongs to sessions, too.
+        containers, images, prototypes, providers: what sessions are made in, and of.
+        login_sessions: who is logged in.
         events: the topics, an `EventQueue`.
     """
 
@@ -81,6 +103,7 @@ class Persistence:
         message_indexes: Iterable[Index] = (),
         tool_call_indexes: Iterable[Index] = (),
         events: Mapping[str, Any] | None = None,
+        secret_key: SecretKey | None = None,
         placement: Placement | None = None,
         home: Home | None = None,
     ) -> None:
@@ -96,7 +119,14 @@ class Persistence:
             Session,
             name="session",
             namespace=namespace,
-            indexes=[Index("user_id", order_by="-created_at"), Index(order_by="-created_at"), *_own(session_indexes)],
+            indexes=[
+                Index("user_id", order_by="-created_at"),
+                Index("agent_id", order_by="-created_at"),
+                Index("container_id", order_by="-created_at"),
+                Index("image_id", order_by="-created_at"),
+                Index(order_by="-created_at"),
+                *_own(session_indexes),
+            ],
         )
         messages = Repository(
             store,
@@ -118,14 +148,47 @@ class Persistence:
                 *more_calls,
             ],
         )
-        self._all = Collections(store, namespace, sessions, messages, tool_calls, own_call_indexes=bool(more_calls))
+        self._family = Family(store, namespace, elsewhere=self.placement.elsewhere)
+        self._all = Collections(self._family, sessions, messages, tool_calls, own_call_indexes=bool(more_calls))
         atomic = store.capabilities.atomic_batch != "none"
         turns = Turns(self._all) if atomic else OrderedTurns(self._all)
-        self._deletions = Deletions(self._all)
-        self.sessions = Sessions(self._all, turns, self._deletions)
+        self.sessions = Sessions(self._all, turns)
         self.messages = Messages(self._all, turns)
         self.tool_calls = ToolCalls(self._all, turns)
+        self.confirmations = Confirmations(self._family, self._all.births)
+        self.traces = Traces(self._family, self._all.births)
+        self.login_sessions = LoginSessions(self._family)
+        self.containers = Containers(self._family)
+        containers = self.containers.births
+        self.images = Images(self._family, containers)
+        self.prototypes = Prototypes(self._family, containers)
+        self.providers = Providers(self._family, containers, Secrets(secret_key))
+        self.sessions._belong(Belongs("container_id", containers))
+        self.sessions._belong(Belongs("image_id", self.images.births, cascade=False))
         self.events = EventQueue(self.placement.store_of("events"), namespace=namespace, **(events or {}))
+        agents = AgentParents(self._family)
+        self.sessions._belong(Belongs("agent_id", agents.births, optional=True))
+        agents.births.also(topic_cascade(self.events, store))
+        self.todos = Todos(self._family, agents.births)
+        self.snapshots = Snapshots(self._family, agents.births, self.sessions, self.messages)
+        self.windows = Windows(self._family, agents.births)
+        self.compressions = Compressions(self._family, agents.births)
+        self.recovered_files = RecoveredFiles(self._family, agents.births)
+        self.media = MediaCache(self._family, agents.births)
+        self._forks = AgentForks(
+            self._family,
+            agents,
+            sessions=self.sessions,
+            messages=self.messages,
+            events=self.events,
+            todos=self.todos,
+            snapshots=self.snapshots,
+            windows=self.windows,
+            compressions=self.compressions,
+            recovered_files=self.recovered_files,
+            media=self.media,
+        )
+        self.agents = Agents(agents, self.sessions, self.snapshots, self._forks)
         self._on_close: list[Callable[[], None]] = []
 
     def repository(
@@ -142,7 +205,7 @@ class Persistence:
         Raises:
             BadOption: ``name`` is one of the agent's own collections.
         """
-        if name in _COLLECTIONS:
+        if name in _COLLECTIONS or name in self._family.repositories:
             raise BadOption("name", f"{name!r} is the agent's own collection: choose another name")
         return Repository(self.store, type, name=name, key=key, indexes=indexes, namespace=self.namespace, **options)
 
@@ -155,7 +218,7 @@ class Persistence:
         return await self.store.transact(fn, attempts=attempts)
 
     async def reindex(self, progress: Callable[[int], None] | None = None) -> dict[str, Reindexed]:
-        """Build the indexes of sessions, messages and calls that were declared over records already there.
+        """Build the indexes of the agent's collections that were declared over records already there.
 
         Online and resumable, as `Repository.reindex`; returns what was done, by collection.
         """
@@ -164,6 +227,7 @@ class Persistence:
             "session": await self._all.sessions.reindex(progress),
             "message": await self._all.messages.reindex(progress),
             "tool_call": await self._all.tool_calls.reindex(progress),
+            **{name: await each.reindex(progress) for name, each in self._family.repositories.items()},
         }
 
     async def timeline(
@@ -242,6 +306,64 @@ class Persistence:
         """What all stores together did since they were opened; `Store.metrics` tells of one."""
         return Metrics.total(store.metrics() for store in self.placement.stores.values())
 
+    async def totals(self, *, on_corrupt: OnCorrupt | None = None) -> Totals:
+        """Count what is stored, and ask the drivers for the room it takes; no payload is read.
+
+        Cost: one entry per session, and the keys of the other records.
+
+        Args:
+            on_corrupt: as for `stats`.
+        """
+        counted = await self.stats(on_corrupt=on_corrupt)
+        others = {name: await each.count() for name, each in self._family.repositories.items()}
+        sizes = {name: await size_of(store) for name, store in self.placement.stores.items()}
+        return Totals(
+            sessions=counted.sessions,
+            messages=counted.messages,
+            tool_calls=counted.tool_calls,
+            records={name: count for name, count in others.items() if count},
+            bytes=sizes,
+            collected_at=datetime.now(UTC),
+        )
+
+    async def check(
+        self, *, agent_id: str | UUID | None = None, session_id: str | UUID | None = None, limit: int = 1_000
+    ) -> Consistency:
+        """Look for what does not fit together, in all stores; nothing is changed.
+
+        Indexes against records, counts against messages and calls, records against what they belong to and
+        what they name, creations and deletions that were not finished. Everything is read once, a page at a time.
+
+        Args:
+            agent_id: only this agent, its state and its sessions.
+            session_id: only this session and what belongs to it. Index entries without a record are looked
+                for only where neither is given.
+            limit: end after so many issues.
+
+        Raises:
+            BadRequest: both an agent and a session, or a limit under 1.
+        """
+        if (agent_id is not None and session_id is not None) or limit < 1:
+            raise BadRequest("check an agent or a session or everything, and ask for at least one issue")
+        own: dict[str, Repository[Any]] = {
+            "session": self._all.sessions,
+            "message": self._all.messages,
+            "tool_call": self._all.tool_calls,
+        }
+        checker = Checker(
+            self._family,
+            self.placement.stores,
+            {**own, **self._family.repositories},
+            {**self._family.belongs, "session": self._all.belongs},
+            self.sessions.stat,
+            _REFERENCES,
+            limit,
+        )
+        await self._all.own()
+        if session_id is not None:
+            return await checker.session(str(session_id))
+        return await checker.all() if agent_id is None else await checker.agent(str(agent_id))
+
     async def close(self) -> None:
         """End what reads events, and close the stores that `open` opened; a second call does nothing."""
         try:
@@ -269,6 +391,7 @@ def open(
     tool_call_indexes: Iterable[Index] = (),
     events: Mapping[str, Any] | Beside = None,
     files: Beside = None,
+    secret_key: SecretKey | None = None,
     codec: Literal["msgpack", "json"] | None = None,
     ttl: float | None | UnsetType = UNSET,
     timeout: float | None | UnsetType = UNSET,
@@ -294,6 +417,8 @@ def open(
             store of their own, by anything that ``where`` takes; or both, ``{"url": ..., "retention": ...}``.
         files: a store of their own for todos, history windows, recovered files and media, such as
             ``"file:///var/lib/agents"``. `Placement` tells what is where; no batch spans two stores.
+        secret_key: encrypts the secrets of ``db.providers``: 32 bytes or their base64, or several, of which
+            the first encrypts and all decrypt. None: as the variable ``KVPERSIST_SECRET_KEY`` says.
         codec, ttl, timeout, clock, sweep: as for `open_store`. ``ttl`` is for plain keys, and for
             repositories of your own: sessions and what belongs to them do not expire. ``timeout``,
             ``clock`` and ``sweep`` are for all stores that are opened, the others for the main one.
@@ -337,11 +462,13 @@ def open(
                 events=settings,
                 placement=placement,
                 home=folder,
+                secret_key=secret_key,
             )
             db._on_close.append(end_logs)
             await db._all.own()  # before a plain write can put something between the records
             with suppress(ReadOnly):  # whoever may write finishes them; what is left is not seen here either
-                await db._deletions.finish_all()
+                await db._family.finish_all()
+                await db._forks.sweep()
         except BaseException:  # cancelled too: nothing may stay open
             try:
                 if placement is not None:

@@ -29,6 +29,8 @@ PLACES: Final[Mapping[str, str]] = {
 }
 """Concept -> which of the stores it is kept in; everything else is in the main one."""
 
+_COLLECTIONS: Final = {"todos": "todo", "windows": "window", "recovered_files": "recovered_file", "media": "media"}
+
 Beside: TypeAlias = Where | Driver | Store | None
 """What names a store beside the main one; None: there is none."""
 
@@ -62,6 +64,12 @@ class Placement:
     def store_of(self, concept: str) -> Store:
         """The store that a concept, such as "todos", is kept in."""
         return getattr(self, PLACES.get(concept, "main"))
+
+    @property
+    def elsewhere(self) -> dict[str, Store]:
+        """The stores, other than the main one, of the collections of records that are kept in them."""
+        stores = {name: self.store_of(concept) for concept, name in _COLLECTIONS.items()}
+        return {name: store for name, store in stores.items() if store is not self.main}
 
     async def close(self) -> None:
         """Close what was opened, each even if another cannot be."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from kvpersist.errors import KvError
 from kvpersist.testing.faults import FaultyDriver
 from kvpersist_drivers.memory import MemoryDriver
 from kvpersist_drivers.sqlite import SqliteDriver
+
+sys.path.insert(0, str(Path(__file__).parent))  # for agent_state.py
 
 
 class Counting:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Final, Generic, TypeVar, cast
 from uuid import UUID
@@ -840,13 +841,18 @@ class Children(Records[R]):
         stamp = Put(guard.key, _BIRTH, guard.expect)  # two at once differ here, whatever they write
         try:
             carried = checks if self._together else ()
-            await self._store._commit([*carried, known.check, stamp, *main, *ops.by_key.values()])
+            version = await self._store._commit([*carried, known.check, stamp, *main, *ops.by_key.values()])
         except Conflict as conflict:
             slot = ops.claims.get(conflict.key)
             if slot is not None:  # a value of another parent's record, or of one that is gone
                 await writer.resolve(known, "", conflict, {})
             raise
-        return self._together or await self._stands([pk for pk, _ in changed], checks)
+        if self._together or await self._stands([pk for pk, _ in changed], checks):
+            return True
+        conditional = self._store.capabilities.conditional_delete
+        with suppress(Conflict):  # somebody else has replaced them since
+            await self._store._commit([Delete(guard.key, version if conditional else None)])
+        return False
 
     async def _replace_in_order(
         self, stored: Mapping[str, Entry], wanted: Mapping[str, R], checks: Sequence[Check]

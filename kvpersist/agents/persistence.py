@@ -466,6 +466,7 @@ def open(
             )
             db._on_close.append(end_logs)
             await db._all.own()  # before a plain write can put something between the records
+            await db.events.store._own(db._family.space)
             with suppress(ReadOnly):  # whoever may write finishes them; what is left is not seen here either
                 await db._family.finish_all()
                 await db._forks.sweep()

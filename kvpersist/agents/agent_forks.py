@@ -125,7 +125,7 @@ class AgentForks:
             await self._unfold(at, new)
         await self._copy_events(parent, new, at)
         await self._renew(new.id, notes)
-        await self._todos.copy(parent.id, new.id)
+        await self._todos._copy(parent.id, new.id)
         await self._copy_snapshots(parent, new, at, places)
         for kept in self._kept:
             copies = [msgspec.structs.replace(record, agent_id=new.id) for record in await kept.of(parent.id)]

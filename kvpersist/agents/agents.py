@@ -15,7 +15,6 @@ import msgspec
 from kvpersist import keys
 from kvpersist.agents.agent_forks import AgentForks
 from kvpersist.agents.family import Family, Parents
-from kvpersist.agents.records import ToolStats
 from kvpersist.agents.sessions import Sessions
 from kvpersist.agents.snapshots import Bookmark, Snapshots, marked
 from kvpersist.driver import Op
@@ -298,7 +297,7 @@ class Agents:
             _add(total.messages_by_role, stat.roles)
             for name, tool in stat.tools.items():
                 _add(total.tool_calls_by_name, {name: tool.calls})
-                _add(total.tool_calls_by_state, _by_state(tool))
+                _add(total.tool_calls_by_state, tool.by_state())
         if total.sessions:
             total.messages_per_session = total.messages / total.sessions
         if total.tool_calls:
@@ -396,11 +395,6 @@ def _newest_first(agent: Agent) -> tuple[float, str]:
 def _by_time(where: dict[str, Any]) -> dict[str, Any]:
     """Ask for a time in any case: through an index by time hidden agents are not met."""
     return where or {"created_at": between(None, None)}
-
-
-def _by_state(tool: ToolStats) -> dict[str, int]:
-    states = {"pending": tool.pending, "completed": tool.completed, "failed": tool.failed}
-    return {state: count for state, count in states.items() if count}
 
 
 def _add(total: dict[str, int], counts: Mapping[str, int]) -> None:

@@ -25,6 +25,7 @@ from kvpersist.agents.health import Health, Totals, health_of, size_of
 from kvpersist.agents.history import Compressions, RecoveredFiles, Windows
 from kvpersist.agents.images import Images
 from kvpersist.agents.login_sessions import LoginSessions
+from kvpersist.agents.making import finish_makings
 from kvpersist.agents.media import MediaCache
 from kvpersist.agents.messages import Messages
 from kvpersist.agents.ordered import OrderedTurns
@@ -35,6 +36,7 @@ from kvpersist.agents.records import Message, Session, Stats, TimelineItem, Tool
 from kvpersist.agents.secrets import SecretKey, Secrets
 from kvpersist.agents.sessions import Sessions
 from kvpersist.agents.snapshots import Snapshots
+from kvpersist.agents.stat import tool_stats
 from kvpersist.agents.todos import Todos
 from kvpersist.agents.tool_calls import ToolCalls
 from kvpersist.agents.traces import Traces
@@ -283,12 +285,12 @@ class Persistence:
                 total.sessions += 1
                 total.messages += stat.messages
                 _add(total.messages_by_role, stat.roles)
-                for name, (calls, completed, failed) in stat.tools.items():
-                    states = {"pending": calls - completed - failed, "completed": completed, "failed": failed}
-                    total.tool_calls += calls
-                    total.tool_errors += failed
-                    _add(total.tool_calls_by_name, {name: calls})
-                    _add(total.tool_calls_by_state, {state: count for state, count in states.items() if count})
+                for name, counts in stat.tools.items():
+                    tool = tool_stats(counts)
+                    total.tool_calls += tool.calls
+                    total.tool_errors += tool.failed
+                    _add(total.tool_calls_by_name, {name: tool.calls})
+                    _add(total.tool_calls_by_state, tool.by_state())
             if len(page) < _PAGE:
                 return total
             start = page[-1].key + "!"  # no key lies between a key and itself + '!'
@@ -469,6 +471,7 @@ def open(
             await db.events.store._own(db._family.space)
             with suppress(ReadOnly):  # whoever may write finishes them; what is left is not seen here either
                 await db._family.finish_all()
+                await finish_makings(db._all)
                 await db._forks.sweep()
         except BaseException:  # cancelled too: nothing may stay open
             try:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import time
 import types
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
+from time import perf_counter
 from typing import Any, Final, Generic, TypeVar, cast
 
 import msgspec
 
-from kvpersist.driver import Batch, Capabilities, Committed, Driver, Entry, Put
+from kvpersist.driver import Batch, Capabilities, Committed, Driver, Entry
 from kvpersist.errors import CommitUnknown, DeadlineExceeded, KvError, StoreClosed
+from kvpersist.metrics import Counters
 
 __all__ = ["Batched", "own_instance"]
 
@@ -35,10 +38,14 @@ class Batched:
     Promised: a get that is called after a put's await returned sees it; two puts of one key by one
     loop apply in their order; reads never wait for writes. A cancelled caller's operation is dropped
     if its lane has not taken it yet; once taken it runs, and may be committed.
+
+    Attributes:
+        counters: what was asked for, and how long the driver took.
     """
 
-    def __init__(self, driver: Driver, *, timeout: float | None = 10.0) -> None:
+    def __init__(self, driver: Driver, *, timeout: float | None = 10.0, counters: Counters | None = None) -> None:
         self.driver = driver
+        self.counters = counters or Counters(time.time)
         self.capabilities: Capabilities = driver.capabilities
         self._timeout = timeout
         coalesce = self.capabilities.coalesce
@@ -48,21 +55,18 @@ class Batched:
 
     def get(self, keys: Sequence[str]) -> Awaitable[list[Entry | None]]:
         """As `Driver.get`; to be awaited at once. Not a coroutine of its own: this is the hot path."""
+        counters = self.counters
+        counters.gets += 1
+        counters.keys_read += len(keys)
         if self._reads is None:
             return self._within("get", self.driver.get(keys))
         return self._reads.submit(keys, len(keys), 0)
 
     def commit(self, batches: Sequence[Batch]) -> Awaitable[list[Committed | KvError]]:
         """As `Driver.commit`; a `CommitUnknown` raised by it names no keys. To be awaited at once."""
+        operations, size = self.counters.asked(batches)
         if self._writes is None:
             return self._within("commit", self.driver.commit(batches))
-        operations = size = 0
-        for batch in batches:
-            ops = batch.ops
-            operations += len(ops)
-            for op in ops:
-                if type(op) is Put:
-                    size += len(op.value)
         return self._writes.submit(batches, operations, size)
 
     async def scan(
@@ -75,8 +79,11 @@ class Batched:
         keys_only: bool = False,
         deref: str | None = None,
     ) -> list[Entry]:
+        self.counters.scans += 1
         call = self.driver.scan(start, end, limit=limit, reverse=reverse, keys_only=keys_only, deref=deref)
-        return await self._within("scan", call)
+        found = await self._within("scan", call)
+        self.counters.scanned(found)
+        return found
 
     async def close(self) -> None:
         """End what was submitted, then close the driver."""
@@ -89,12 +96,28 @@ class Batched:
             if lane is not None:
                 await lane.close()
 
+    async def _get(self, keys: Sequence[str]) -> list[Entry | None]:
+        begun = perf_counter()
+        try:
+            found = await self.driver.get(keys)
+        finally:
+            self.counters.ended("get", perf_counter() - begun)
+        self.counters.read(found)
+        return found
+
+    async def _commit(self, batches: Sequence[Batch]) -> list[Committed | KvError]:
+        begun = perf_counter()
+        try:
+            return await self.driver.commit(batches)
+        finally:
+            self.counters.ended("commit", perf_counter() - begun)
+
     async def _get_merged(self, calls: list[Sequence[str]]) -> list[list[Entry | None] | KvError]:
         if len(calls) == 1:
-            return [await self.driver.get(calls[0])]
+            return [await self._get(calls[0])]
         unique = list(dict.fromkeys([key for keys in calls for key in keys]))
         try:
-            found = dict(zip(unique, await self.driver.get(unique), strict=True))
+            found = dict(zip(unique, await self._get(unique), strict=True))
         except KvError as error:
             return await self._get_around(calls, error)
         return [[found[key] for key in keys] for keys in calls]
@@ -112,7 +135,7 @@ class Batched:
             left = [keys for keys in left if failed.keys().isdisjoint(keys)]
             unique = list(dict.fromkeys([key for keys in left for key in keys]))
             try:
-                found = dict(zip(unique, await self.driver.get(unique), strict=True))
+                found = dict(zip(unique, await self._get(unique), strict=True))
             except KvError as another:
                 error = another
         theirs = [next((failed[key] for key in keys if key in failed), None) for keys in calls]
@@ -120,9 +143,9 @@ class Batched:
 
     async def _commit_merged(self, calls: list[Sequence[Batch]]) -> list[list[Committed | KvError]]:
         if len(calls) == 1:
-            return [await self.driver.commit(calls[0])]
+            return [await self._commit(calls[0])]
         merged = [batch for batches in calls for batch in batches]
-        outcomes = await self.driver.commit(merged)
+        outcomes = await self._commit(merged)
         if len(merged) == len(calls):
             return [[outcome] for outcome in outcomes]
         answers: list[list[Committed | KvError]] = []
@@ -134,13 +157,27 @@ class Batched:
 
     async def _within(self, operation: str, call: Coroutine[Any, Any, _Answer]) -> _Answer:
         """Await a driver's call, which ends by the deadline; one that need not wait costs no timer."""
-        if self._timeout is None:
-            return await call
+        begun = perf_counter()
         try:
-            waits_for = call.send(None)
-        except StopIteration as done:
-            return done.value
-        deadline = asyncio.timeout(self._timeout)
+            if self._timeout is None:
+                answer = await call
+            else:
+                try:
+                    waits_for = call.send(None)
+                except StopIteration as done:
+                    answer = done.value
+                else:
+                    answer = await self._by_deadline(operation, self._timeout, call, waits_for)
+        finally:
+            self.counters.ended(operation, perf_counter() - begun)
+        if operation == "get":
+            self.counters.read(cast("list[Entry | None]", answer))
+        return answer
+
+    async def _by_deadline(
+        self, operation: str, seconds: float, call: Coroutine[Any, Any, _Answer], waits_for: Any
+    ) -> _Answer:
+        deadline = asyncio.timeout(seconds)
         try:
             async with deadline:
                 return await _resumed(call, waits_for)
@@ -148,9 +185,9 @@ class Batched:
             if not deadline.expired():
                 raise
             if operation == "commit":
-                reason = f"no answer in {self._timeout:g} s"
+                reason = f"no answer in {seconds:g} s"
                 raise CommitUnknown((), reason, self.capabilities.cancel_settles) from error
-            raise DeadlineExceeded(operation, self._timeout) from error
+            raise DeadlineExceeded(operation, seconds) from error
 
 
 class _Call(msgspec.Struct, Generic[_Work, _Answer], gc=False):

@@ -48,6 +48,7 @@ from kvpersist.errors import (
     Unsupported,
     WrongLoop,
 )
+from kvpersist.metrics import Counters, Metrics
 
 __all__ = ["FORMAT", "KEYS", "BytesLevel", "left_open"]
 
@@ -130,7 +131,8 @@ class BytesLevel:
         if clock is not time.time and isinstance(driver, UsesClock):
             driver.clock = clock
         self.timeout = timeout  # seconds, per call; None: never
-        self._lanes = Batched(driver, timeout=timeout)
+        self._counters = Counters(clock)
+        self._lanes = Batched(driver, timeout=timeout, counters=self._counters)
         self._owned: frozenset[str] = frozenset(("kvpersist",))
         self._large: frozenset[str] = frozenset()
         self._owns_driver = owns_driver
@@ -144,6 +146,10 @@ class BytesLevel:
     async def sweep(self) -> int:
         """Remove expired entries now, where the backend does not do it itself; return how many."""
         return await self._compact()
+
+    def metrics(self) -> Metrics:
+        """What was done since the store was opened, and how long its backend took."""
+        return self._counters.metrics(self.clock)
 
     async def _compact(self) -> int:
         removed = 0
@@ -205,6 +211,9 @@ class BytesLevel:
             [outcome] = await self._lanes.commit((batch,))
         except CommitUnknown as lost:
             outcome = lost
+        except Exception as error:
+            self._counters.failed(error)
+            raise
         if type(outcome) is Committed:
             if self._hub is not None:
                 self._hub.committed(batch.ops, batch.version)
@@ -214,6 +223,7 @@ class BytesLevel:
             if self._hub is not None:
                 self._hub.committed(batch.ops, batch.version)
             return decided
+        self._counters.failed(decided)
         raise decided
 
     async def _commit_each(self, batches: Sequence[Sequence[Op]]) -> list[bytes | KvError]:
@@ -224,20 +234,28 @@ class BytesLevel:
             outcomes = await self._lanes.commit(minted)
         except CommitUnknown as lost:
             outcomes = [lost] * len(minted)
+        except Exception as error:
+            self._counters.failed(error)
+            raise
         until = self._loop.time() + _DECIDE  # for all of them
         decided = [
             outcome.version if type(outcome) is Committed else await self._decided(batch, cast(KvError, outcome), until)
             for batch, outcome in zip(minted, outcomes, strict=True)
         ]
-        if self._hub is not None:
-            for batch, outcome in zip(minted, decided, strict=True):
-                if isinstance(outcome, bytes):
-                    self._hub.committed(batch.ops, outcome)
+        for batch, outcome in zip(minted, decided, strict=True):
+            if not isinstance(outcome, bytes):
+                self._counters.failed(outcome)
+            elif self._hub is not None:
+                self._hub.committed(batch.ops, outcome)
         return decided
 
     async def _entries(self, keys: Sequence[str]) -> list[Entry | None]:
         self._check()
-        return await self._lanes.get(keys) if keys else []
+        try:
+            return await self._lanes.get(keys) if keys else []
+        except Exception as error:
+            self._counters.failed(error)
+            raise
 
     async def _scan(
         self,
@@ -250,10 +268,16 @@ class BytesLevel:
         deref: str | None = None,
     ) -> list[Entry]:
         self._check()
-        if deref is None or self.capabilities.deref:
-            return await self._lanes.scan(start, end, limit=limit, reverse=reverse, keys_only=keys_only, deref=deref)
-        found = await self._lanes.scan(start, end, limit=limit, reverse=reverse)
-        return await deref_by_get(self._lanes, found, deref)
+        try:
+            if deref is None or self.capabilities.deref:
+                return await self._lanes.scan(
+                    start, end, limit=limit, reverse=reverse, keys_only=keys_only, deref=deref
+                )
+            found = await self._lanes.scan(start, end, limit=limit, reverse=reverse)
+            return await deref_by_get(self._lanes, found, deref)
+        except Exception as error:
+            self._counters.failed(error)
+            raise
 
     def _changes(self) -> Hub:
         """Whoever wants to be told of changes asks here."""

@@ -49,6 +49,7 @@ __all__ = [
     "Expect",
     "Gets",
     "HasClock",
+    "Measures",
     "Op",
     "Pings",
     "Provisions",
@@ -290,6 +291,15 @@ class Pings(Protocol):
 
     async def ping(self) -> None:
         """Return when the backend answers; raise ``Unavailable`` when it does not."""
+        ...
+
+
+@runtime_checkable
+class Measures(Protocol):
+    """Can tell how much room it takes."""
+
+    async def size(self) -> int:
+        """Bytes in the backend, indexes and free space included, as far as it is known there."""
         ...
 
 

@@ -401,8 +401,11 @@ class Repository(Generic[R]):
         return None if entry is None else self._codec.decode(entry.key, entry.value)
 
     def _atomic(self, tx: Transaction) -> AtomicWriter[R]:
-        if not isinstance(self._writer, AtomicWriter) or tx.store is not self.store:
-            raise Unsupported("a transaction of another store", "take it from this repository's store")
+        if tx.store is not self.store:
+            both = f"one batch over two stores, {tx.store.where} and {self.store.where},"
+            raise Unsupported(both, "take the transaction from this repository's store, and write the rest after it")
+        if not isinstance(self._writer, AtomicWriter):
+            raise Unsupported("a transaction", "write record by record")
         return self._writer
 
     async def _again(self, query: Query, where: Mapping[str, Any]) -> Query:

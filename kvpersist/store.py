@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final, Generic, Literal, Protocol, TypeVar
+from typing import Any, Final, Generic, Literal, Protocol, TypeVar, cast
 
 import msgspec
 
@@ -39,6 +39,7 @@ from kvpersist.errors import (
     UniqueConflict,
     Unsupported,
 )
+from kvpersist.home import Home
 from kvpersist.keys import LOCKS
 from kvpersist.large import MARK, LargeReader, LargeValues, LargeWriter, area, area_of
 from kvpersist.lease import Lock
@@ -49,6 +50,7 @@ __all__ = ["Info", "Opening", "Store", "Versioned", "open_store"]
 _KEY_BYTES: Final = 512  # of a plain key, unless the driver keeps less
 _BATCH: Final = 100  # puts or deletes in one atomic batch of the *_many operations
 _CUTS: Final = 10  # such batches in one call: other writers, and the deadline, do not wait for all of them
+_ARGUMENTS: Final = ("clock", "profile", "home", "dotenv")  # of `open_store`, that are no settings of a URL
 _SWEEP: Final = 60.0  # seconds between removals of expired entries
 _PAGE: Final = 1000  # entries read at once where values are left out
 
@@ -633,6 +635,9 @@ def open_store(
     timeout: float | None | msgspec.UnsetType = msgspec.UNSET,
     clock: Clock = time.time,
     sweep: float | None | msgspec.UnsetType = msgspec.UNSET,
+    profile: str | None = None,
+    home: Home | str | os.PathLike[str] | None = None,
+    dotenv: config.DotEnv = False,
     **options: Any,
 ) -> Opening[Store]:
     """Open a store; ``async with`` it, or await it and close it.
@@ -647,6 +652,9 @@ def open_store(
         timeout: seconds after which a call fails; default 10; None: never.
         clock: seconds since 1970; replaced in tests of expiry.
         sweep: seconds between removals of expired entries; default 60; None: only by `Store.sweep`.
+        profile: instead of ``where``: the profile of this name in a configuration file.
+        home: a folder; without ``where`` and ``profile`` the store is in it. See `kvpersist.home`.
+        dotenv: look for variables in a file too: True: ``.env``, if it is there; a path: that file.
         options: the driver's, beside a URL, a path or a mapping; without ``where`` they name the store
             themselves: ``type="redis", host="db"``, or ``type="redis", client=client`` with a client of
             the backend's library, which stays yours to close.
@@ -661,7 +669,8 @@ def open_store(
     given = {name: value for name, value in given.items() if value is not msgspec.UNSET}
 
     async def make() -> Store:
-        return await _opened(where, options, given, clock, opener, also=("clock",))
+        meant = _meant(where, options, profile, home, config.variables(dotenv), also=_ARGUMENTS)
+        return await _opened(meant, given, clock, opener, also=_ARGUMENTS)
 
     return Opening(make, closes=not isinstance(where, Store))
 
@@ -672,9 +681,31 @@ def _caller() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-async def _opened(
+def _meant(
     where: urls.Where | Driver | Store | None,
     options: Mapping[str, Any],
+    profile: str | None,
+    home: Home | str | os.PathLike[str] | None,
+    environ: Mapping[str, str],
+    *,
+    also: Sequence[str],
+) -> config.Resolved | Driver | Store:
+    """What an open function is to open; ``also`` are its arguments."""
+    if profile is not None and (where is not None or options.keys() & {"type", "url"}):
+        raise BadOption("profile", "the store is named twice: leave one out")
+    if where is None and not options.keys() & {"type", "url"} and (not options or profile or home is not None):
+        found = config.resolve(profile=profile, home=home, environ=environ)
+        named = _with_options(found.where, options, also)
+        return msgspec.structs.replace(found, where=cast("urls.Where", named)) if options else found
+    named = _with_options(where, options, also)
+    if isinstance(named, (str, os.PathLike, Mapping)):
+        return config.resolve(named, environ=environ)
+    assert named is not None
+    return named
+
+
+async def _opened(
+    meant: config.Resolved | Driver | Store,
     settings: Mapping[str, Any],
     clock: Clock,
     opener: str,
@@ -682,11 +713,10 @@ async def _opened(
     also: Sequence[str],
 ) -> Store:
     """What `open_store` does once it is awaited; ``also`` are the arguments of the function that was called."""
-    named = _with_options(where, options, also)
-    if isinstance(named, Store):
-        return named
-    if named is None or isinstance(named, (str, os.PathLike, Mapping)):
-        target = urls.parse(config.resolve(named).where, also=also)
+    if isinstance(meant, Store):
+        return meant
+    if isinstance(meant, config.Resolved):
+        target = urls.parse(meant.where, also=also)
         driver = await registry.driver_class(target.scheme).open(target.options)
         chosen: dict[str, Any] = {**target.settings, **settings}
         sweep: float | None = chosen.pop("sweep", _SWEEP)
@@ -695,7 +725,7 @@ async def _opened(
     else:
         chosen = dict(settings)
         sweep = chosen.pop("sweep", _SWEEP)
-        store = Store(named, clock=clock, **chosen)
+        store = Store(meant, clock=clock, **chosen)
     try:
         await store._adopt()
     except BaseException:  # cancelled too: nothing may stay open

@@ -23,6 +23,7 @@ class _Store(Protocol):
     capabilities: Capabilities
     clock: Clock
     codec: codec.CodecName
+    where: str
 
     async def _entries(self, keys: Sequence[str]) -> list[Entry | None]: ...
     async def _commit(self, ops: Sequence[Op]) -> bytes: ...

@@ -150,6 +150,13 @@ class MemoryDriver:
             with self._lock:
                 space.watchers.remove(watcher)
 
+    async def size(self) -> int:
+        """Bytes of keys and values, without what Python needs beside them. All entries are looked at."""
+        with self._lock:
+            return sum(
+                len(entry.key.encode("utf-8", "surrogatepass")) + len(entry.value) for entry in self._entries.values()
+            )
+
     async def compact(self, limit: int = 500) -> int:
         """Remove at most ``limit`` expired entries, oldest expiry first; return how many went."""
         if self._closed:

@@ -44,7 +44,7 @@ class Deletions:
     Attributes:
         children: collections whose keys begin with the id of the deleted record.
         cascades: remove what belongs to it in another way.
-        guards: prefixes of single keys that are kept of each record for its children.
+        guards: stores and prefixes of single keys that are kept of each record for its children.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Deletions:
         self._atomic = store.capabilities.atomic_batch != "none"
         self.children: list[Repository[Any]] = []
         self.cascades: list[Cascade] = []
-        self.guards: list[str] = []
+        self.guards: list[tuple[Store, str]] = []
 
     async def finish_all(self) -> int:
         """Finish every deletion that was begun and not finished; return how many there were."""
@@ -99,6 +99,10 @@ class Deletions:
                 await self._sweep(repository, part, guard)
             for cascade in self.cascades:
                 await cascade(keys.unescape(part), guard)
+            for store, prefix in self.guards:
+                if store is not self._store:
+                    await require(self._store, guard)
+                    await store._commit([Delete(prefix + part)])
             await self._store._commit(self._end(part, marker, begin_anew=begin_anew))
         except Conflict as conflict:
             if conflict.key != key:
@@ -107,11 +111,16 @@ class Deletions:
 
     def _end(self, part: str, marker: Entry, *, begin_anew: bool) -> list[Op]:
         """What is done last; the marker is the last of it."""
-        ops: list[Op] = [Delete(prefix + part) for prefix in self.guards]
-        if self._atomic or begin_anew:
+        ops: list[Op] = [Delete(prefix + part) for store, prefix in self.guards if store is self._store]
+        if (self._atomic and not self._apart) or begin_anew:
             conditional = self._store.capabilities.conditional_delete
             return [*ops, Delete(marker.key, marker.version if conditional else None)]
         return [*ops, Put(marker.key, DONE, marker.version, self._store.clock() + _LATE)]
+
+    @property
+    def _apart(self) -> bool:
+        """Whether children are kept in another store: late writers there cannot carry a check of the birth key."""
+        return any(child.store is not self._store for child in self.children)
 
     async def behead(self, part: str) -> None:
         """Remove the record itself, step by step: a crash may have come between any two."""
@@ -127,23 +136,27 @@ class Deletions:
         """Remove what is kept at the id of the record, and below it."""
         start = repository._prefix + part
         end = keys.prefix_end(start + "!")  # behind the id itself comes nothing before '!'
-        while page := await self._store._scan(start, end, limit=_PAGE):
-            await remove_page(repository, [entry for entry in page if live(entry) is not None], guard)
-            if not self._atomic:  # what was removed leaves tombstones
+        while page := await repository.store._scan(start, end, limit=_PAGE):
+            await remove_page(repository, [entry for entry in page if live(entry) is not None], guard, self._store)
+            if not isinstance(repository._writer, AtomicWriter):  # what was removed leaves tombstones
                 start = page[-1].key + "!"
 
 
-async def remove_page(repository: Repository[Any], entries: Sequence[Entry], guard: Check) -> None:
+async def remove_page(repository: Repository[Any], entries: Sequence[Entry], guard: Check, of: Store) -> None:
     """Remove records as they were read, and their index entries; as one batch where batches are atomic.
 
     What changed meanwhile may stay: read again, and repeat.
+
+    Args:
+        of: the store of ``guard``; where it is another than the records', that is looked at before.
 
     Raises:
         Conflict: at the key of ``guard``: somebody else has finished the deletion.
     """
     store, writer = repository.store, repository._writer
+    if of is not store or not isinstance(writer, AtomicWriter):
+        await require(of, guard)
     if not isinstance(writer, AtomicWriter):
-        await require(store, guard)
         for entry in entries:
             pk = entry.key[len(repository._prefix) :]
             try:
@@ -164,7 +177,8 @@ async def remove_page(repository: Repository[Any], entries: Sequence[Entry], gua
             ops.by_key.update((await writer.entries_of(known, pk)).by_key)
         deletes.append(writer.deletion(entry))
     try:
-        await store._commit([guard, known.check, *deletes, *ops.by_key.values()])
+        carried = [guard] if of is store else []
+        await store._commit([*carried, known.check, *deletes, *ops.by_key.values()])
     except Conflict as conflict:
         if conflict.key == guard.key:
             raise

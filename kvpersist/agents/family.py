@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Final, Generic, TypeVar, cast
 from uuid import UUID
@@ -59,19 +60,23 @@ _PAGE: Final = 250  # children read at once
 class Family:
     """The kinds of records of one namespace that others belong to, and the collections of those others."""
 
-    def __init__(self, store: Store, namespace: str) -> None:
+    def __init__(self, store: Store, namespace: str, *, elsewhere: Mapping[str, Store] | None = None) -> None:
+        """``elsewhere``: collections that are kept in another store. Nothing belongs to their records."""
         self.store = store
+        self.elsewhere = dict(elsewhere or {})
         self.namespace = namespace
         self.space = keys.namespace(namespace)
         self.atomic = store.capabilities.atomic_batch != "none"
         self.births: dict[str, Births] = {}
         self.repositories: dict[str, Repository[Any]] = {}
+        self.belongs: dict[str, tuple[Belongs, ...]] = {}
         self.owned = False
 
     async def own(self) -> None:
         """Note that plain writes have no place in this namespace."""
         if not self.owned:
-            await self.store._own(self.space)
+            for store in dict.fromkeys((self.store, *self.elsewhere.values())):
+                await store._own(self.space)
             self.owned = True
 
     def now(self) -> datetime:
@@ -359,15 +364,17 @@ class Records(Generic[R]):
         **options: Any,
     ) -> None:
         """``options``: as for `Repository`."""
+        store = family.elsewhere.get(name, family.store)
         self.repository: Repository[R] = Repository(
-            family.store, type, name=name, key=key, indexes=indexes, namespace=family.namespace, **options
+            store, type, name=name, key=key, indexes=indexes, namespace=family.namespace, **options
         )
         family.repositories[name] = self.repository
         self._family = family
-        self._store = family.store
+        self._store = store
+        self._together = family.atomic and store is family.store  # one batch can hold a record and checks of births
         self._type = type
         self._key = (key,) if isinstance(key, str) else key
-        self._belongs = tuple(belongs)
+        self._belongs = family.belongs[name] = tuple(belongs)
         self._has_times = "created_at" in type.__struct_fields__, "updated_at" in type.__struct_fields__
         for each in self._belongs:
             if not each.cascade:
@@ -576,7 +583,7 @@ class Records(Generic[R]):
         for attempt in range(_ATTEMPTS):
             checks = await checks_of(self._belongs, record, before)
             try:
-                if self._family.atomic:
+                if self._together:
                     await _atomic(self.repository).save(
                         pk,
                         record,
@@ -603,7 +610,7 @@ class Records(Generic[R]):
         self, pk: str, record: R, entry: Entry | None, expires_at: float | None, checks: Sequence[Check]
     ) -> bool:
         """Write, and look at the parents again; False: taken back, since they are not what they were."""
-        key, writer = self.repository._prefix + pk, _ordered(self.repository)
+        key, writer = self.repository._prefix + pk, self.repository._writer
         [stored] = await self._store._entries([key]) if entry is None else [entry]
         if entry is None and live(stored) is not None:
             raise _taken(pk)
@@ -635,7 +642,7 @@ class Records(Generic[R]):
         return cascade
 
     async def _remove_page(self, page: Sequence[Entry], guard: Check) -> None:
-        await remove_page(self.repository, page, guard)
+        await remove_page(self.repository, page, guard, self._family.store)
 
     async def _entry(self, pk: str) -> Entry | None:
         [entry] = await self._store._entries([self.repository._prefix + pk])
@@ -715,7 +722,7 @@ class Children(Records[R]):
         super().__init__(family, type, name=name, key=key, indexes=indexes, belongs=(below, *belongs), **options)
         self._parents = parents
         self._guard_prefix = keys.meta_prefix(family.space, name, "stat")
-        parents.deletions.guards.append(self._guard_prefix)
+        parents.deletions.guards.append((self._store, self._guard_prefix))
 
     async def of(
         self,
@@ -763,7 +770,7 @@ class Children(Records[R]):
         for attempt in range(_ATTEMPTS):
             checks = (await self._parents.check(id_),)
             entries, guard = await self._below(part), Check("", ABSENT)
-            if self._family.atomic:
+            if isinstance(self.repository._writer, AtomicWriter):
                 [found] = await self._store._entries([self._guard_prefix + part])
                 guard = Check(self._guard_prefix + part, version_of(found))
             stored = {entry.key[len(self.repository._prefix) :]: entry for entry in entries}
@@ -771,8 +778,9 @@ class Children(Records[R]):
             more = [each for record in wanted.values() for each in await checks_of(self._belongs[1:], record)]
             checks = tuple({check.key: check for check in (*checks, *more)}.values())
             try:
-                if self._family.atomic:
-                    await self._replace_at_once(stored, wanted, checks, guard)
+                if isinstance(self.repository._writer, AtomicWriter):
+                    if not await self._replace_at_once(stored, wanted, checks, guard):
+                        continue
                 elif not await self._replace_in_order(stored, wanted, checks):
                     continue
             except UniqueConflict:
@@ -814,7 +822,7 @@ class Children(Records[R]):
 
     async def _replace_at_once(
         self, stored: Mapping[str, Entry], wanted: Mapping[str, R], checks: Sequence[Check], guard: Check
-    ) -> None:
+    ) -> bool:
         writer = _atomic(self.repository)
         known = await self.repository._definitions.known()
         ops = IndexOps()
@@ -822,7 +830,7 @@ class Children(Records[R]):
         gone = [(pk, entry) for pk, entry in stored.items() if pk not in wanted]
         changed = [(pk, record) for pk, record in wanted.items() if self._differs(pk, record, stored.get(pk))]
         if not gone and not changed:
-            return
+            return True
         for pk, entry in gone:
             await writer.index_ops(ops, known, pk, entry, None, None, {})
             main.append(writer.deletion(entry))
@@ -839,17 +847,24 @@ class Children(Records[R]):
             await writer.index_ops(ops, known, pk, old, record, None, {})
         stamp = Put(guard.key, _BIRTH, guard.expect)  # two at once differ here, whatever they write
         try:
-            await self._store._commit([*checks, known.check, stamp, *main, *ops.by_key.values()])
+            carried = checks if self._together else ()
+            version = await self._store._commit([*carried, known.check, stamp, *main, *ops.by_key.values()])
         except Conflict as conflict:
             slot = ops.claims.get(conflict.key)
             if slot is not None:  # a value of another parent's record, or of one that is gone
                 await writer.resolve(known, "", conflict, {})
             raise
+        if self._together or await self._stands([pk for pk, _ in changed], checks):
+            return True
+        conditional = self._store.capabilities.conditional_delete
+        with suppress(Conflict):  # somebody else has replaced them since
+            await self._store._commit([Delete(guard.key, version if conditional else None)])
+        return False
 
     async def _replace_in_order(
         self, stored: Mapping[str, Entry], wanted: Mapping[str, R], checks: Sequence[Check]
     ) -> bool:
-        writer = _ordered(self.repository)
+        writer = self.repository._writer
         for pk, record in wanted.items():
             self.repository._codec.encode(self.repository._prefix + pk, record)
         written: list[str] = []
@@ -860,12 +875,16 @@ class Children(Records[R]):
         for pk in stored:
             if pk not in wanted:
                 await writer.remove(pk)
+        return await self._stands(written, checks)
+
+    async def _stands(self, written: Sequence[str], checks: Sequence[Check]) -> bool:
+        """Look at the parents again after a write that could not carry the checks; False: it was taken back."""
         if await self._family.holds(checks):
             return True
         for check in checks:
             self._family.forget(check.key)
         for pk in written:
-            await writer.remove(pk)
+            await self.repository._writer.remove(pk)
         return False
 
     def _differs(self, pk: str, record: R, old: Entry | None) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
-from typing import Any, Literal, Self, TypeVar
+from datetime import UTC, datetime
+from typing import Any, Literal, Self, TypeVar, cast
 from uuid import UUID
 
 from msgspec import UNSET, UnsetType
@@ -14,12 +16,14 @@ from msgspec import UNSET, UnsetType
 from kvpersist import keys
 from kvpersist.agents.agent_forks import AgentForks, topic_cascade
 from kvpersist.agents.agents import AgentParents, Agents
+from kvpersist.agents.checking import Checker, Consistency
 from kvpersist.agents.collections import Collections
 from kvpersist.agents.confirmations import Confirmations
 from kvpersist.agents.containers import Containers
 from kvpersist.agents.content import text_index as words_index
 from kvpersist.agents.family import Belongs, Family
 from kvpersist.agents.finders import SESSION_INDEXES
+from kvpersist.agents.health import Health, Totals, health_of, size_of
 from kvpersist.agents.history import Compressions, RecoveredFiles, Windows
 from kvpersist.agents.images import Images
 from kvpersist.agents.login_sessions import LoginSessions
@@ -27,6 +31,7 @@ from kvpersist.agents.making import finish_makings
 from kvpersist.agents.media import MediaCache
 from kvpersist.agents.messages import Messages
 from kvpersist.agents.ordered import OrderedTurns
+from kvpersist.agents.placement import Beside, Placement, events_of
 from kvpersist.agents.prototypes import Prototypes
 from kvpersist.agents.providers import Providers
 from kvpersist.agents.records import Message, Session, Stats, TimelineItem, ToolCall
@@ -40,16 +45,19 @@ from kvpersist.agents.todos import Todos
 from kvpersist.agents.tool_calls import ToolCalls
 from kvpersist.agents.traces import Traces
 from kvpersist.agents.turns import Turns
+from kvpersist.config import DotEnv, Resolved, home_of, resolve, variables
 from kvpersist.driver import Clock, Driver, Entry
-from kvpersist.errors import BadOption, ReadOnly
+from kvpersist.errors import BadOption, BadRequest, ReadOnly
 from kvpersist.events import EventQueue
 from kvpersist.events.queue import COLLECTIONS
+from kvpersist.home import LOGS, Home
 from kvpersist.index import Index
 from kvpersist.index.reads import OnCorrupt, decoded
 from kvpersist.index.rebuild import Reindexed
 from kvpersist.log import require_sequences
+from kvpersist.metrics import Metrics
 from kvpersist.repository import Repository
-from kvpersist.store import Opening, Store, _caller, _opened
+from kvpersist.store import Opening, Store, _caller, _meant, _opened
 from kvpersist.transaction import Transaction
 from kvpersist.urls import Where
 
@@ -58,7 +66,9 @@ __all__ = ["Persistence", "open"]
 R = TypeVar("R")
 
 _PAGE = 500  # stats read at once
-_ARGUMENTS = (  # of `open`
+_REFERENCES = (("snapshot", "session_id", "session"), ("compression", "window_id", "window"))
+_SHARED = frozenset(("timeout", "sweep"))  # settings that all stores get
+_ARGUMENTS = (  # of `open`, that are no settings of a URL
     "namespace",
     "session_indexes",
     "message_indexes",
@@ -67,6 +77,11 @@ _ARGUMENTS = (  # of `open`
     "events",
     "secret_key",
     "clock",
+    "files",
+    "profile",
+    "home",
+    "dotenv",
+    "logs",
 )
 _COLLECTIONS = frozenset(("session", "message", "tool_call", *COLLECTIONS))
 
@@ -76,6 +91,8 @@ class Persistence:
 
     Attributes:
         store: plain keys beside the records, in namespaces of their own.
+        placement: the stores there are, and what is kept in which.
+        home: the home folder, None where there is none.
         sessions, messages, tool_calls: the records.
         agents, todos, snapshots, windows, compressions, recovered_files, media: agents, and their state.
         confirmations, traces: what belongs to sessions, too.
@@ -96,10 +113,14 @@ class Persistence:
         text_index: bool = False,
         events: Mapping[str, Any] | None = None,
         secret_key: SecretKey | None = None,
-        owns_store: bool = False,
+        placement: Placement | None = None,
+        home: Home | None = None,
     ) -> None:
+        """``placement`` has ``store`` as its main one; None: everything is in that. `open` is what a user calls."""
         require_sequences(store, "persistence of sessions")
         self.store = store
+        self.placement = placement or Placement(store)
+        self.home = home
         self.namespace = namespace
         more_calls = list(tool_call_indexes)
         sessions = Repository(
@@ -129,7 +150,7 @@ class Persistence:
                 *more_calls,
             ],
         )
-        self._family = Family(store, namespace)
+        self._family = Family(store, namespace, elsewhere=self.placement.elsewhere)
         self._all = Collections(self._family, sessions, messages, tool_calls, own_call_indexes=bool(more_calls))
         atomic = store.capabilities.atomic_batch != "none"
         turns = Turns(self._all) if atomic else OrderedTurns(self._all)
@@ -146,7 +167,7 @@ class Persistence:
         self.providers = Providers(self._family, containers, Secrets(secret_key))
         self.sessions._belong(Belongs("container_id", containers))
         self.sessions._belong(Belongs("image_id", self.images.births, cascade=False))
-        self.events = EventQueue(store, namespace=namespace, **(events or {}))
+        self.events = EventQueue(self.placement.store_of("events"), namespace=namespace, **(events or {}))
         agents = AgentParents(self._family)
         self.sessions._belong(Belongs("agent_id", agents.births, optional=True))
         agents.births.also(topic_cascade(self.events, store))
@@ -172,7 +193,7 @@ class Persistence:
         self.agents = Agents(agents, self.sessions, self.snapshots, self._forks)
         self._ending = Ending()
         self.threads = ThreadManager(self)
-        self._owns_store = owns_store
+        self._on_close: list[Callable[[], None]] = []
 
     def repository(
         self,
@@ -285,14 +306,90 @@ class Persistence:
                     _add(total.tool_calls_by_state, tool.by_state())
         return total
 
+    async def health(self, *, timeout: float = 5.0, write: bool = True) -> Health:
+        """Ask every store whether it answers and can be written; raises nothing.
+
+        Args:
+            timeout: seconds after which a store counts as not answering.
+            write: write a key and remove it again, in each store; otherwise `StoreHealth.writable` is None.
+        """
+        return await health_of(self.placement.stores, timeout=timeout, write=write)
+
+    def metrics(self) -> Metrics:
+        """What all stores together did since they were opened; `Store.metrics` tells of one."""
+        return Metrics.total(store.metrics() for store in self.placement.stores.values())
+
+    async def totals(self, *, on_corrupt: OnCorrupt | None = None) -> Totals:
+        """Count what is stored, and ask the drivers for the room it takes; no payload is read.
+
+        Cost: one entry per session, and the keys of the other records.
+
+        Args:
+            on_corrupt: as for `stats`.
+        """
+        counted = await self.stats(on_corrupt=on_corrupt)
+        others = {name: await each.count() for name, each in self._family.repositories.items()}
+        sizes = {name: await size_of(store) for name, store in self.placement.stores.items()}
+        return Totals(
+            sessions=counted.sessions,
+            messages=counted.messages,
+            tool_calls=counted.tool_calls,
+            records={name: count for name, count in others.items() if count},
+            bytes=sizes,
+            collected_at=datetime.now(UTC),
+        )
+
+    async def check(
+        self, *, agent_id: str | UUID | None = None, session_id: str | UUID | None = None, limit: int = 1_000
+    ) -> Consistency:
+        """Look for what does not fit together, in all stores; nothing is changed.
+
+        Indexes against records, counts against messages and calls, records against what they belong to and
+        what they name, creations and deletions that were not finished. Everything is read once, a page at a time.
+
+        Args:
+            agent_id: only this agent, its state and its sessions.
+            session_id: only this session and what belongs to it. Index entries without a record are looked
+                for only where neither is given.
+            limit: end after so many issues.
+
+        Raises:
+            BadRequest: both an agent and a session, or a limit under 1.
+        """
+        if (agent_id is not None and session_id is not None) or limit < 1:
+            raise BadRequest("check an agent or a session or everything, and ask for at least one issue")
+        own: dict[str, Repository[Any]] = {
+            "session": self._all.sessions,
+            "message": self._all.messages,
+            "tool_call": self._all.tool_calls,
+        }
+        checker = Checker(
+            self._family,
+            self.placement.stores,
+            {**own, **self._family.repositories},
+            {**self._family.belongs, "session": self._all.belongs},
+            self.sessions.stat,
+            _REFERENCES,
+            limit,
+        )
+        await self._all.own()
+        if session_id is not None:
+            return await checker.session(str(session_id))
+        return await checker.all() if agent_id is None else await checker.agent(str(agent_id))
+
     async def close(self) -> None:
-        """End runs that stream and what reads events, and close the store if `open` opened it; once is enough."""
+        """End runs that stream and what reads events, and close the stores that `open` opened; once is enough."""
         try:
             await self._ending.settle()
         finally:
-            await self.events.close()
-            if self._owns_store:
-                await self.store.close()
+            try:
+                await self.events.close()
+            finally:
+                try:
+                    await self.placement.close()
+                finally:
+                    while self._on_close:
+                        self._on_close.pop()()
 
     async def _stat_pages(self, where: dict[str, str]) -> AsyncIterator[list[Entry]]:
         prefix = self._all.stat_prefix
@@ -322,13 +419,18 @@ def open(
     message_indexes: Iterable[Index] = (),
     tool_call_indexes: Iterable[Index] = (),
     text_index: bool = False,
-    events: Mapping[str, Any] | None = None,
+    events: Mapping[str, Any] | Beside = None,
+    files: Beside = None,
     secret_key: SecretKey | None = None,
     codec: Literal["msgpack", "json"] | None = None,
     ttl: float | None | UnsetType = UNSET,
     timeout: float | None | UnsetType = UNSET,
     clock: Clock = time.time,
     sweep: float | None | UnsetType = UNSET,
+    profile: str | None = None,
+    home: Home | str | os.PathLike[str] | None = None,
+    dotenv: DotEnv = False,
+    logs: int | str | bool | None = None,
     **options: Any,
 ) -> Opening[Persistence]:
     """Open an agent's records; ``async with`` it, or await it and close it.
@@ -338,16 +440,23 @@ def open(
     Args:
         where: a URL, a path, a mapping with a ``type`` key, a ready Driver, an open Store (both yours
             to close), or None: ``KVPERSIST_URL``, then ``kvpersist.toml``, then a SQLite file in the
-            user's data folder.
+            home folder or the user's data folder. A mapping may hold ``files`` and ``events``, too.
         namespace: a tenant or application; namespaces of one store do not see each other.
         session_indexes, message_indexes, tool_call_indexes: indexes beyond the usual ones.
         text_index: keep an index of the words in messages, for `Messages.search`; then every process
             that writes messages has to.
-        events: settings of ``db.events``, such as ``{"retention": 7 * 86_400}``, as for `EventQueue`.
+        events: settings of ``db.events``, such as ``{"retention": 7 * 86_400}``, as for `EventQueue`; or a
+            store of their own, by anything that ``where`` takes; or both, ``{"url": ..., "retention": ...}``.
+        files: a store of their own for todos, history windows, recovered files and media, such as
+            ``"file:///var/lib/agents"``. `Placement` tells what is where; no batch spans two stores.
         secret_key: encrypts the secrets of ``db.providers``: 32 bytes or their base64, or several, of which
             the first encrypts and all decrypt. None: as the variable ``KVPERSIST_SECRET_KEY`` says.
         codec, ttl, timeout, clock, sweep: as for `open_store`. ``ttl`` is for plain keys, and for
-            repositories of your own: sessions and what belongs to them do not expire.
+            repositories of your own: sessions and what belongs to them do not expire. ``timeout``,
+            ``clock`` and ``sweep`` are for all stores that are opened, the others for the main one.
+        profile, home, dotenv: as for `open_store`; ``home``, or ``KVPERSIST_HOME``, becomes ``db.home``.
+        logs: write what the library logs to a file in the home folder, from this level on, until the
+            end: True, a name or number of `logging`; None: as ``KVPERSIST_LOGS`` says, which is no file.
         options: the driver's, as for `open_store`.
 
     Raises:
@@ -357,10 +466,25 @@ def open(
     given: dict[str, Any] = {"codec": codec or UNSET, "ttl": ttl, "timeout": timeout, "sweep": sweep}
     given = {name: value for name, value in given.items() if value is not UNSET}
 
+    async def beside(place: Any) -> Store:
+        is_named = isinstance(place, str | os.PathLike | Mapping)
+        named = resolve(cast("Where", place)) if is_named else place
+        return await _opened(named, {name: given[name] for name in _SHARED & given.keys()}, clock, opener, also=())
+
     async def make() -> Persistence:
-        store = await _opened(where, options, given, clock, opener, also=_ARGUMENTS)
-        owns = store is not where
+        environ = variables(dotenv)
+        meant = _meant(where, options, profile, home, environ, also=_ARGUMENTS)
+        folder = home_of(home, environ)
+        end_logs = _logging(logs, folder, environ)
+        placement: Placement | None = None
         try:
+            configured = meant if isinstance(meant, Resolved) else None
+            place, settings = events_of(events, configured and configured.events)
+            store = await _opened(meant, given, clock, opener, also=_ARGUMENTS)
+            placement = Placement(store)
+            if store is not where:
+                placement.opened.append(store)
+            await placement.add(files if files is not None else configured and configured.files, place, beside)
             db = Persistence(
                 store,
                 namespace=namespace,
@@ -368,22 +492,40 @@ def open(
                 message_indexes=message_indexes,
                 tool_call_indexes=tool_call_indexes,
                 text_index=text_index,
-                events=events,
+                events=settings,
+                placement=placement,
+                home=folder,
                 secret_key=secret_key,
-                owns_store=owns,
             )
+            db._on_close.append(end_logs)
             await db._all.own()  # before a plain write can put something between the records
+            await db.events.store._own(db._family.space)
             with suppress(ReadOnly):  # whoever may write finishes them; what is left is not seen here either
                 await db._family.finish_all()
                 await finish_makings(db._all)
                 await db._forks.sweep()
         except BaseException:  # cancelled too: nothing may stay open
-            if owns:
-                await store.close()
+            try:
+                if placement is not None:
+                    await placement.close()
+            finally:
+                end_logs()
             raise
         return db
 
     return Opening(make)
+
+
+def _logging(level: int | str | bool | None, home: Home | None, environ: Mapping[str, str]) -> Callable[[], None]:
+    """Begin to write a log file if one is asked for; return what ends that."""
+    asked = "logs" if level is not None else LOGS
+    if level is None:
+        level = environ.get(LOGS) or False
+    if level is False:
+        return lambda: None
+    if home is None:
+        raise BadOption(asked, "there is no home folder to write logs to: give home=DIR, or set KVPERSIST_HOME")
+    return home.log_to_file(level)
 
 
 def _own(indexes: Iterable[Index]) -> list[Index]:

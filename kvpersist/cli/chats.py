@@ -45,7 +45,7 @@ _PAGE: Final = 500  # messages of a timeline read at once
 
 async def demo(*, store: StoreOption = USUAL_STORE) -> int:
     """Put a sample conversation into the store and show its timeline; a second run only shows it."""
-    async with kvpersist.open(store.url) as db:
+    async with kvpersist.open(store.meant) as db:
         with as_file(files("kvpersist.cli") / "demo.json") as path:
             report = await import_chats(db, path, user=_DEMO_USER)
         assert report.first is not None
@@ -54,6 +54,8 @@ async def demo(*, store: StoreOption = USUAL_STORE) -> int:
     if not kept:  # nothing that could be tried next would find it
         return 0
     where = f" --url {shlex.quote(redact(store.url))}" if store.url else ""
+    if not where and store.profile:
+        where = f" --profile {shlex.quote(store.profile)}"
     say("Try next:")
     say(f"  kvpersist sessions{where}")
     say(f"  kvpersist search depot{where}")
@@ -88,7 +90,7 @@ async def import_(
             raise BadOption(path, "there is no such option; a file of that name is ./" + path)
     given = read_stdin() if "-" in paths else b""
     reports: list[ImportReport] = []
-    async with kvpersist.open(store.url) as db:
+    async with kvpersist.open(store.meant) as db:
         for path in paths:
             with progress_bar(path) as progress:
                 source = BytesIO(given) if path == "-" else path

@@ -138,7 +138,7 @@ async def put(
         raise BadOption("value", f"it is not JSON ({error})") from error
     except ValueError as error:
         raise BadOption("--ttl", str(error)) from error
-    async with open_store(store.url) as opened:
+    async with open_store(store.meant) as opened:
         await opened.put(key, stored, ttl=seconds, expect=ABSENT if if_absent else None)
     return 0
 

@@ -26,16 +26,29 @@ class StoreOption:
 
     url: str | None = None
     """the store, such as sqlite:///agent.db; default: KVPERSIST_URL, kvpersist.toml, your data folder."""
+    profile: str | None = None
+    """a store that kvpersist.toml names in [profiles.NAME]; --url goes before it."""
+
+    @property
+    def meant(self) -> Where | None:
+        """What an open function takes."""
+        if self.url is not None or self.profile is None:
+            return self.url
+        return config.resolve(profile=self.profile).named
+
+    def resolved(self) -> config.Resolved:
+        """The store, and who says so."""
+        return config.resolve(self.url, profile=self.profile)
 
     def existing(self) -> Where:
         """The store to read: one that was named is not made by looking into it, where its driver has a mode."""
-        found = config.resolve(self.url)
+        found = self.resolved()
         creates = [(name, closed) for name, creating, closed in _CREATE if _option(found, name) == creating]
         where = found.where
         if found.source == "default" or not creates or creates[0][0] in str(where):
-            return where
+            return found.named
         named: Mapping[str, Any] = where if isinstance(where, Mapping) else {"url": os.fspath(where)}
-        return {**named, **dict(creates)}
+        return {**named, **found.beside, **dict(creates)}
 
 
 # The option by which a driver's open makes what is missing, its value that does, and the one that does not.

@@ -42,7 +42,7 @@ def config(
         store: which store.
         output: in which form.
     """
-    found = configuration.origins(store.url)
+    found = configuration.origins(store.url, profile=store.profile)
     shown = found if origins else [origin for origin in found if origin.used]
     if output.json or output.jsonl:
         for value in shown if output.jsonl else [shown]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 from cyclopts import Parameter
 
-from kvpersist import config, keys, registry
+from kvpersist import keys, registry
 from kvpersist.bytes_level import _FORMAT_KEY
 from kvpersist.cli.keys import agreed
 from kvpersist.cli.options import FOR_PEOPLE, USUAL_STORE, Output, StoreOption
@@ -186,11 +186,11 @@ def _named(url: str | None, store: StoreOption) -> StoreOption:
 
 
 def _where(url: str | None, store: StoreOption) -> Any:
-    return config.resolve(_named(url, store).url).where
+    return _named(url, store).resolved().where
 
 
 def _target(url: str | None, store: StoreOption) -> Target:
-    return config.resolve(_named(url, store).url).target
+    return _named(url, store).resolved().target
 
 
 async def _missing(target: Target) -> bool | None:

@@ -321,18 +321,26 @@ class Reindexer(Generic[R]):
 
     # ---- verify
 
-    async def verify(self, repair: bool) -> list[Damage]:
-        """See `Repository.verify`."""
+    async def verify(self, repair: bool, *, below: str = "", limit: int | None = None) -> list[Damage]:
+        """See `Repository.verify`.
+
+        Args:
+            below: only the records at this encoded key and below it; entries are then not looked through.
+            limit: end when so much was found.
+        """
         known = await self._definitions.refresh()
         found: list[Damage] = []
-        at: str | None = self._records
+        at: str | None = self._records + below
+        end = keys.prefix_end(f"{at}!") if below else self._end
         while at is not None:
-            page = await self._store._scan(at, self._end, limit=_PAGE)
+            page = await self._store._scan(at, end, limit=_PAGE)
             for entry in page:
                 if live(entry) is not None:
                     found.extend(await self._verified(known, entry))
             at = page[-1].key + "!" if len(page) == _PAGE else None
-        for slot in known.maintained:
+            if limit is not None and len(found) >= limit:
+                return found
+        for slot in known.maintained if not below else ():
             at = slot.prefix
             while at is not None:
                 page = await self._store._scan(at, keys.prefix_end(slot.prefix), limit=_PAGE, deref=self._records)

@@ -90,6 +90,7 @@ def test_a_module_imports_what_its_extra_brings_and_no_more(module: str) -> None
     extras = {
         "kvpersist.agents.secrets": {"cryptography"},
         "kvpersist.cli": _CLI,
+        "kvpersist.env": {"dotenv"},
         "kvpersist.testing": _TESTING,
         "kvpersist_drivers.postgres": _POSTGRES,
         "kvpersist_drivers.mysql": {"asyncmy"},

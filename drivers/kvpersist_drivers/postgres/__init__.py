@@ -257,6 +257,11 @@ class PostgresDriver:
     async def ping(self) -> None:
         await self._read("SELECT 1")
 
+    async def size(self) -> int:
+        """Bytes of the table and its indexes, rows that are dead and not yet vacuumed included."""
+        [row] = await self._read("SELECT pg_total_relation_size($1::text::regclass)", self._sql.table)
+        return row[0]
+
     async def compact(self, limit: int = 500) -> int:
         """Remove at most ``limit`` expired entries that no other process is about to change."""
         rows = await self._read(self._sql.compact, self.clock(), limit, writes=True)

@@ -176,6 +176,10 @@ class SqliteDriver:
     async def ping(self) -> None:
         await self._reads.run(self._reader.ping, settle=False)
 
+    async def size(self) -> int:
+        """Bytes of the whole file, other tables and free pages included, its log not."""
+        return await self._reads.run(self._reader.size, settle=False)
+
     async def compact(self, limit: int = 500) -> int:
         if self._database.read_only:
             raise ReadOnly(f"{self._database.path} was opened with mode=ro: open it without that to write")

@@ -53,6 +53,13 @@ class Reader:
         with self._translated("ping"):
             self.connection.execute(self._sql.ping).fetchall()
 
+    def size(self) -> int:
+        """Bytes of the pages of the whole file, free ones too."""
+        with self._translated("size"):
+            [[pages]] = self.connection.execute("PRAGMA page_count").fetchall()
+            [[page_size]] = self.connection.execute("PRAGMA page_size").fetchall()
+        return pages * page_size
+
     @contextmanager
     def _translated(self, operation: str) -> Iterator[None]:
         try:

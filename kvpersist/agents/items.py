@@ -11,7 +11,7 @@ import msgspec
 from kvpersist.agents.records import ROLES, Message, Session, ToolCall, new_id, utc
 from kvpersist.agents.stat import Draft
 from kvpersist.codec import RecordCodec
-from kvpersist.driver import Entry
+from kvpersist.driver import Check, Entry
 from kvpersist.errors import BadRequest
 
 __all__ = [
@@ -93,9 +93,15 @@ class EditSession:
 
 
 class Kill:
-    """Remove the session's birth key, record and stat, and leave the marker of a deletion to be finished."""
+    """Remove the session's birth key, record and stat, and leave the marker of a deletion to be finished.
 
-    __slots__ = ()
+    ``guard``: of the deletion that this one is part of; its Conflict is the answer where that is finished.
+    """
+
+    __slots__ = ("guard",)
+
+    def __init__(self, guard: Check | None = None) -> None:
+        self.guard = guard
 
 
 Item = Turn | Edit | RemoveMessage | Begin | End | EditSession | Kill

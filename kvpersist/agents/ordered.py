@@ -116,6 +116,8 @@ class OrderedTurns:
                     results.append(await self._turn(session_id, part, parent, draft, item))
                     continue
                 if type(item) is Kill:
+                    if item.guard is not None and not await self._all.family.holds([item.guard]):
+                        return Built([], lambda version: parent, [Conflict(item.guard.key, item.guard.expect)])
                     return self._kill(part, parent)
                 results.append(await self._other(session_id, part, parent, draft, item))
                 amends.append(Recount())
@@ -346,14 +348,20 @@ class OrderedTurns:
             entry = await self._alive(every.session_prefix + part)
             if entry is None:
                 raise ParentGone("session", session_id)
+            before = writer._codec.decode(entry.key, entry.value)
             changed = edited_session(item.fn, writer._codec, entry, draft, every.now())
+            checks = await every.checks(changed, before)
             try:
                 await writer.save(part, msgspec.structs.replace(changed, updated_at=None), old=entry)
             except UniqueConflict:
                 raise
             except Conflict:
                 continue
-            return changed
+            if await every.family.holds(checks):
+                return changed
+            for check in checks:  # what it shall belong to is gone: as it was, and asked again
+                every.family.forget(check.key)
+            await writer.save(part, before)
 
     async def _recount(self, part: str, draft: Draft) -> None:
         every = self._all

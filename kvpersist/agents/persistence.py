@@ -12,12 +12,18 @@ from uuid import UUID
 from msgspec import UNSET, UnsetType
 
 from kvpersist import keys
+from kvpersist.agents.agents import AgentParents, Agents
 from kvpersist.agents.collections import Collections
-from kvpersist.agents.deletion import Deletions
+from kvpersist.agents.family import Belongs, Family
+from kvpersist.agents.forks import AgentForks, topic_cascade
+from kvpersist.agents.history import Compressions, RecoveredFiles, Windows
+from kvpersist.agents.media import MediaCache
 from kvpersist.agents.messages import Messages
 from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.records import Message, Session, Stats, TimelineItem, ToolCall
 from kvpersist.agents.sessions import Sessions
+from kvpersist.agents.snapshots import Snapshots
+from kvpersist.agents.todos import Todos
 from kvpersist.agents.tool_calls import ToolCalls
 from kvpersist.agents.turns import Turns
 from kvpersist.driver import Clock, Driver
@@ -47,7 +53,8 @@ class Persistence:
 
     Attributes:
         store: plain keys beside the records, in namespaces of their own.
-        sessions, messages, tool_calls: the records.
+        sessions, messages, tool_calls: the records of conversations.
+        agents, todos, snapshots, windows, compressions, recovered_files, media: agents and their state.
         events: the topics, an `EventQueue`.
     """
 
@@ -71,7 +78,12 @@ class Persistence:
             Session,
             name="session",
             namespace=namespace,
-            indexes=[Index("user_id", order_by="-created_at"), Index(order_by="-created_at"), *_own(session_indexes)],
+            indexes=[
+                Index("user_id", order_by="-created_at"),
+                Index(order_by="-created_at"),
+                Index("agent_id", order_by="-created_at"),
+                *_own(session_indexes),
+            ],
         )
         messages = Repository(
             store,
@@ -93,14 +105,37 @@ class Persistence:
                 *more_calls,
             ],
         )
-        self._all = Collections(store, namespace, sessions, messages, tool_calls, own_call_indexes=bool(more_calls))
+        self._family = Family(store, namespace)
+        self._all = Collections(self._family, sessions, messages, tool_calls, own_call_indexes=bool(more_calls))
         atomic = store.capabilities.atomic_batch != "none"
         turns = Turns(self._all) if atomic else OrderedTurns(self._all)
-        self._deletions = Deletions(self._all)
-        self.sessions = Sessions(self._all, turns, self._deletions)
+        self.sessions = Sessions(self._all, turns)
         self.messages = Messages(self._all, turns)
         self.tool_calls = ToolCalls(self._all, turns)
         self.events = EventQueue(store, namespace=namespace, **(events or {}))
+        agents = AgentParents(self._family)
+        self.sessions.belong(Belongs("agent_id", agents.births, optional=True))
+        agents.births.also(topic_cascade(self.events, store))
+        self.todos = Todos(self._family, agents.births)
+        self.snapshots = Snapshots(self._family, agents.births, self.sessions, self.messages)
+        self.windows = Windows(self._family, agents.births)
+        self.compressions = Compressions(self._family, agents.births)
+        self.recovered_files = RecoveredFiles(self._family, agents.births)
+        self.media = MediaCache(self._family, agents.births)
+        self._forks = AgentForks(
+            self._family,
+            agents,
+            sessions=self.sessions,
+            messages=self.messages,
+            events=self.events,
+            todos=self.todos,
+            snapshots=self.snapshots,
+            windows=self.windows,
+            compressions=self.compressions,
+            recovered_files=self.recovered_files,
+            media=self.media,
+        )
+        self.agents = Agents(agents, self.sessions, self.snapshots, self._forks)
         self._owns_store = owns_store
 
     def repository(
@@ -117,7 +152,7 @@ class Persistence:
         Raises:
             BadOption: ``name`` is one of the agent's own collections.
         """
-        if name in _COLLECTIONS:
+        if name in _COLLECTIONS or name in self._family.repositories:
             raise BadOption("name", f"{name!r} is the agent's own collection: choose another name")
         return Repository(self.store, type, name=name, key=key, indexes=indexes, namespace=self.namespace, **options)
 
@@ -139,6 +174,7 @@ class Persistence:
             "session": await self._all.sessions.reindex(progress),
             "message": await self._all.messages.reindex(progress),
             "tool_call": await self._all.tool_calls.reindex(progress),
+            **{name: await each.reindex(progress) for name, each in self._family.repositories.items()},
         }
 
     async def timeline(
@@ -269,7 +305,8 @@ def open(
             )
             await db._all.own()  # before a plain write can put something between the records
             with suppress(ReadOnly):  # whoever may write finishes them; what is left is not seen here either
-                await db._deletions.finish_all()
+                await db._family.finish_all()
+                await db._forks.sweep()
         except BaseException:  # cancelled too: nothing may stay open
             if owns:
                 await store.close()

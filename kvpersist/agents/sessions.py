@@ -10,18 +10,17 @@ import msgspec
 
 from kvpersist import keys
 from kvpersist.agents.collections import Collections
-from kvpersist.agents.deletion import Deletions
+from kvpersist.agents.deletion import Cascade, belonging
+from kvpersist.agents.family import Belongs
 from kvpersist.agents.items import EditSession, Kill
-from kvpersist.agents.ordered import OrderedTurns, ordered_writer
+from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.records import Session, SessionStat, new_id, utc
 from kvpersist.agents.stat import Parent, Stat
-from kvpersist.agents.turns import Turns, atomic_writer
+from kvpersist.agents.turns import Turns
 from kvpersist.driver import ABSENT, Check, Entry, Op, Put
-from kvpersist.errors import BadRequest, Conflict, CorruptRecord, KeyTooLong, ParentGone, UniqueConflict
-from kvpersist.index.atomic_writer import IndexOps
-from kvpersist.index.writer import live
+from kvpersist.errors import BadRequest, CorruptRecord, KeyTooLong, ParentGone
+from kvpersist.index.writer import live, version_of
 from kvpersist.repository import Page
-from kvpersist.transaction import backoff
 
 __all__ = ["Sessions"]
 
@@ -29,8 +28,6 @@ _List: TypeAlias = list[Op]
 _Sessions: TypeAlias = list[Session]  # in the class below, `list` is a method
 
 _ID_BYTES: Final = 128  # of an encoded session id: what lies below it has to fit behind it
-_ATTEMPTS: Final = 40  # of a creation that keeps losing to others
-_BIRTH: Final = b"1"
 
 
 class Sessions:
@@ -40,17 +37,17 @@ class Sessions:
     ever added to one that was deleted. ``updated_at`` is kept beside the record, and so are its counts.
     """
 
-    def __init__(self, collections: Collections, turns: Turns | OrderedTurns, deletions: Deletions) -> None:
+    def __init__(self, collections: Collections, turns: Turns | OrderedTurns) -> None:
         self._all = collections
         self._store = collections.store
         self._turns = turns
-        self._deletions = deletions
 
     async def create(self, **fields: Any) -> Session:
         """Create a session of the given fields of `Session`; one commit.
 
         Raises:
             UniqueConflict: there is a session of this id, or of a unique value.
+            ParentGone: the container or image it names does not exist.
             BadRequest: no such field, or a time without a zone.
             KeyTooLong: the id has over 128 encoded bytes.
         """
@@ -69,10 +66,13 @@ class Sessions:
         session.updated_at = None
         await self._all.own()
         stat = Stat(updated_at, indexed_at=updated_at)
-        if isinstance(self._turns, Turns):
-            birth, version = await self._create(part, session, stat)
-        else:
-            birth, version = await self._create_in_order(part, session, stat)
+        birth, version = await self._all.births.bear(
+            part,
+            session,
+            lambda: self._all.checks(session),
+            lambda old: self._beside(part, stat, version_of(old)),
+            self._all.stat_prefix + part,
+        )
         self._turns.created(session.id, Parent(birth, stat, version, {}))
         return msgspec.structs.replace(session, updated_at=updated_at)
 
@@ -94,11 +94,14 @@ class Sessions:
 
         Raises:
             BadRequest: ``fn`` changed the id. UniqueConflict: a unique value belongs to another.
+            ParentGone: the container or image that it names from now on does not exist.
         """
         await self._all.own()
         try:
             return await self._turns.submit(str(id), EditSession(fn))
-        except ParentGone:
+        except ParentGone as gone:
+            if gone.kind != "session":
+                raise
             return None
 
     async def delete(self, id: str | UUID) -> bool:
@@ -107,15 +110,14 @@ class Sessions:
         From the first commit on the session is gone; what belongs to it follows in batches. If that is
         interrupted, it is finished by the next `open` of the store, or when the id is used again.
         """
-        session_id = str(id)
         await self._all.own()
-        try:
-            await self._turns.submit(session_id, Kill())
-        except ParentGone:
-            await self._deletions.finish(keys.encode(session_id))
-            return False
-        await self._deletions.finish(keys.encode(session_id))
-        return True
+        return await self._delete(str(id), None)
+
+    def belong(self, belongs: Belongs) -> None:
+        """Let a field of sessions name what they belong to."""
+        self._all.belongs.append(belongs)
+        if belongs.cascade:
+            belongs.births.also(self._cascade_of(belongs.field))
 
     async def find(self, *, limit: int = 100, **where: Any) -> _Sessions:
         """Return sessions through an index: ``find(user_id="u1")``, newest first. As `Repository.find`."""
@@ -187,61 +189,25 @@ class Sessions:
 
     # ---- private
 
-    async def _create(self, part: str, session: Session, stat: Stat) -> tuple[Check, bytes]:
-        every = self._all
-        writer = atomic_writer(every.sessions)
-        orphans: dict[str, bytes] = {}
-        known = await every.sessions._definitions.known()
-        key, birth_key = every.session_prefix + part, every.birth_prefix + part
-        marker = Check(every.deleting_prefix + part, ABSENT)
-        for attempt in range(_ATTEMPTS):
-            ops = IndexOps()
-            await writer.index_ops(ops, known, part, None, session, None, orphans)
-            batch: _List = [
-                marker,
-                Put(birth_key, _BIRTH, ABSENT),
-                known.check,
-                Put(key, writer._codec.encode(key, session), ABSENT),
-                *ops.by_key.values(),
-                *self._beside(part, stat),
-            ]
-            try:
-                version = await self._store._commit(batch)
-            except Conflict as conflict:
-                if conflict.key == known.check.key:
-                    known = await every.sessions._definitions.refresh()
-                elif conflict.key == marker.key:
-                    await self._deletions.finish(part, begin_anew=True)
-                elif conflict.key in (birth_key, key):
-                    raise UniqueConflict("id", session.id, session.id) from conflict
-                else:
-                    await writer.resolve(known, part, conflict, orphans)
-                    await backoff(attempt)
-                continue
-            return Check(birth_key, version), version
-        raise Conflict(key, ABSENT)
-
-    async def _create_in_order(self, part: str, session: Session, stat: Stat) -> tuple[Check, bytes]:
-        """Birth key and stat first, the record last: a session that can be seen can be written to."""
-        every = self._all
-        key, birth_key = every.session_prefix + part, every.birth_prefix + part
-        every.sessions._codec.encode(key, session)  # what cannot be kept fails before anything is written
-        await self._deletions.finish(part, begin_anew=True)
-        record, birth, old = await self._store._entries([key, birth_key, every.stat_prefix + part])
-        if live(record) is not None:
-            raise UniqueConflict("id", session.id, session.id)
+    async def _delete(self, session_id: str, guard: Check | None) -> bool:
+        part = keys.encode(session_id)
+        existed = True
         try:
-            version = b""
-            if birth is None:
-                version = await self._store._commit([Put(birth_key, _BIRTH, ABSENT)])
-            beside = self._beside(part, stat, ABSENT if old is None else old.version)
-            stat_version = await self._store._commit(beside)
-            await ordered_writer(every.sessions).save(part, session, old=record)
-        except UniqueConflict:
-            raise
-        except Conflict as conflict:
-            raise UniqueConflict("id", session.id, session.id) from conflict
-        return Check(birth_key, version if birth is None else birth.version), stat_version
+            await self._turns.submit(session_id, Kill(guard))
+        except ParentGone:
+            existed = False
+        self._all.births.forget(self._all.birth_prefix + part)
+        await self._all.births.deletions.finish(part)
+        return existed
+
+    def _cascade_of(self, field: str) -> Cascade:
+        async def cascade(id_: str, guard: Check) -> None:
+            prefix = self._all.session_prefix
+            async for page in belonging(self._all.sessions, field, id_):
+                for entry in page:
+                    await self._delete(keys.unescape(entry.key[len(prefix) :]), guard)
+
+        return cascade
 
     def _beside(self, part: str, stat: Stat, expect: Any = ABSENT) -> _List:
         key = self._all.stat_prefix + part

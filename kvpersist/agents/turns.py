@@ -23,6 +23,7 @@ from kvpersist.agents.items import (
     EditSession,
     End,
     Item,
+    Kill,
     RemoveMessage,
     Turn,
     answered,
@@ -116,6 +117,9 @@ class Turns:
     async def _lost(self, session_id: str, built: Built[Parent, Any], conflict: Conflict) -> tuple[int, KvError] | None:
         """Refresh what the conflict shows to be stale; a value that is taken fails the item that wants it."""
         every = self._all
+        if every.family.forget(conflict.key):
+            killing = (built.claims or {}).get(conflict.key)  # it is part of a deletion that another has finished
+            return None if killing is None else (killing, conflict)
         repositories: list[Repository[Any]] = [every.messages, every.tool_calls, every.sessions]
         for repository in repositories:
             definitions = repository._definitions
@@ -257,9 +261,9 @@ class Round:
             return await self._begin(item.call, item.place)
         if type(item) is End:
             return await self._end(item)
-        if type(item) is EditSession:
-            return await self._edit_session(item)
-        return await self._kill()
+        if type(item) is Kill:
+            return await self._kill(item.guard)
+        return await self._edit_session(cast("EditSession", item))
 
     async def _turn(self, messages: Sequence[Message]) -> Sequence[Message]:
         every = self._all
@@ -399,13 +403,18 @@ class Round:
         if entry is None:
             raise ParentGone("session", self._session_id)
         changed = edited_session(item.fn, writer._codec, entry, self._draft, every.now())
+        checks = await every.checks(changed, writer._codec.decode(entry.key, entry.value))
+        self._checks.update({check.key: check for check in checks})
         stored = msgspec.structs.replace(changed, updated_at=None)
         self._puts.append(Put(entry.key, writer.encoded(entry.key, stored, entry, known), entry.version))
         await writer.index_ops(self._ops, known, self._part, entry, stored, None, self._orphans)
         return changed
 
-    async def _kill(self) -> bool:
+    async def _kill(self, guard: Check | None) -> bool:
         every, parent = self._all, self._parent
+        if guard is not None:
+            self._checks[guard.key] = guard
+            self._claims[guard.key] = 0  # it shares no round with others
         writer, known = await self._using(every.sessions)
         [entry] = await self._store._entries([every.session_prefix + self._part])
         if entry is not None:

@@ -23,6 +23,7 @@ from kvpersist.events.records import (
     position_of,
     split_event_id,
 )
+from kvpersist.events.removal import remove_topic
 from kvpersist.events.retention import Retention
 from kvpersist.events.subscription import OnExpired, Subscription
 from kvpersist.store import Store
@@ -361,6 +362,14 @@ class EventQueue:
     async def topics(self) -> list[str]:
         """The topics that ever had an event, in order."""
         return [topic async for topic in self._log.parents()]
+
+    async def delete(self, topic: str) -> bool:
+        """Remove a topic: its events, consumers, groups and what they parked; False where there was none.
+
+        In batches; what an interrupted call left, the next one removes. An event published meanwhile goes too,
+        or is the first of a new topic: positions begin anew. Who still follows the old one gets BadCursor.
+        """
+        return await remove_topic(self.store, self.namespace, checked(topic, "topic"))
 
     async def stats(self, topic: str) -> TopicStats:
         """What a topic holds: two reads, whatever its length."""

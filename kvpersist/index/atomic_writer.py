@@ -56,7 +56,9 @@ class AtomicWriter(Writer[R]):
         expect: Expect | None = None,
         expires_at: float | None = None,
         old: Entry | None = UNREAD,
+        also: Sequence[Op] = (),
     ) -> bytes:
+        """As `Writer.save`; ``also``: operations on other keys of the same batch, whose conflicts are raised."""
         key = self._records + pk
         stored = old
         orphans: dict[str, bytes] = {}  # claims nobody holds any more, and the versions to take them over at
@@ -73,14 +75,16 @@ class AtomicWriter(Writer[R]):
             ops = IndexOps()
             try:
                 if not known.maintained:
-                    return await self._store._commit((known.check, put))
+                    return await self._store._commit((known.check, put, *also))
                 await self.index_ops(ops, known, pk, seen, record, expires_at, orphans)
-                return await self._store._commit((known.check, put, *ops.by_key.values()))
+                return await self._store._commit((known.check, put, *ops.by_key.values(), *also))
             except UniqueConflict:
                 raise
             except Conflict as conflict:
                 if conflict.key == known.check.key:
                     known = await self._definitions.refresh()
+                elif any(op.key == conflict.key for op in also):
+                    raise
                 elif conflict.key == key:
                     if expect is not None or old is not UNREAD:
                         raise
@@ -91,7 +95,8 @@ class AtomicWriter(Writer[R]):
                     await self.resolve(known, pk, conflict, orphans)
         raise Conflict(key, expect)
 
-    async def remove(self, pk: str, *, expect: bytes | None = None) -> bool:
+    async def remove(self, pk: str, *, expect: bytes | None = None, also: Sequence[Op] = ()) -> bool:
+        """As `Writer.remove`; ``also`` as for `save`, where there is a record to remove."""
         key = self._records + pk
         known = await self._definitions.known()
         for attempt in range(ATTEMPTS):
@@ -106,11 +111,13 @@ class AtomicWriter(Writer[R]):
             except CorruptRecord:
                 ops = await self.entries_of(known, pk)
             try:
-                await self._store._commit((known.check, self.deletion(old), *ops.by_key.values()))
+                await self._store._commit((known.check, self.deletion(old), *ops.by_key.values(), *also))
             except Conflict as conflict:
                 if conflict.key == known.check.key:
                     known = await self._definitions.refresh()
                     continue
+                if any(op.key == conflict.key for op in also):
+                    raise
                 if expect is not None and conflict.key == key:
                     raise
                 await self.back_off(attempt)

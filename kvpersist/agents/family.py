@@ -1,0 +1,891 @@
+"""Records that others belong to, and records that belong to them.
+
+A *parent* has a birth key, ``ns:collection#birth:<id>``, whose version does not change while it lives.
+What is written below it carries a check of that key in the same batch, so that nothing is ever added to
+a parent that was deleted; without atomic batches the key is looked at again afterwards, and what was
+written is taken back where it is gone. Deleting a parent removes birth key and record in one batch that
+leaves a marker; what belongs to it follows in batches (`kvpersist.agents.deletion`).
+
+    family = Family(store, "kv")
+    containers = Parents(family, Container, name="container")
+    images = Parents(family, Image, name="image", indexes=[Index("container_id")],
+                     belongs=[Belongs("container_id", containers.births)])        # deleted with its container
+    todos = Children(family, Todo, name="todo", key=("agent_id", "position"), parents=agents.births)
+
+    await containers.create(name="acme")        # or create(Container(...)); UniqueConflict where the id is taken
+    await images.save(Image(id="i", container_id="gone"))                         # ParentGone
+    await todos.replace_all("agent-1", [...])   # equal items are not written
+    await containers.delete(id)                 # with its images, and what belongs to those
+
+A field may also name a parent that need not be there (``Belongs(..., optional=True)``): where there is
+one, its birth is checked, where there is none, its absence. ``cascade=False``: the record outlives its
+parent. Other deletions join by ``births.also(fn)``, an ``async fn(id, guard)``: see `Cascade`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final, Generic, TypeVar, cast
+from uuid import UUID
+
+import msgspec
+
+from kvpersist import keys
+from kvpersist.agents.deletion import PENDING, Beside, Cascade, Deletions, belonging, remove_page, require
+from kvpersist.agents.records import new_id, utc
+from kvpersist.driver import ABSENT, Check, Delete, Entry, Op, Put
+from kvpersist.errors import BadRequest, Conflict, ParentGone, UniqueConflict
+from kvpersist.index import Index
+from kvpersist.index.atomic_writer import AtomicWriter, IndexOps
+from kvpersist.index.ordered_writer import OrderedWriter
+from kvpersist.index.reads import OnCorrupt, decoded
+from kvpersist.index.writer import UNREAD, live, version_of
+from kvpersist.repository import Page, Repository
+from kvpersist.store import Store
+from kvpersist.transaction import backoff
+
+__all__ = ["Belongs", "Births", "Children", "Family", "Parents", "Records", "checks_of"]
+
+R = TypeVar("R", bound=msgspec.Struct)
+
+_ATTEMPTS: Final = 40  # of a write that keeps losing to others
+_BIRTH: Final = b"1"
+_REMEMBERED: Final = 4096  # birth keys per kind
+_PAGE: Final = 250  # children read at once
+
+
+class Family:
+    """The kinds of records of one namespace that others belong to, and the collections of those others."""
+
+    def __init__(self, store: Store, namespace: str) -> None:
+        self.store = store
+        self.namespace = namespace
+        self.space = keys.namespace(namespace)
+        self.atomic = store.capabilities.atomic_batch != "none"
+        self.births: dict[str, Births] = {}
+        self.repositories: dict[str, Repository[Any]] = {}
+        self.owned = False
+
+    async def own(self) -> None:
+        """Note that plain writes have no place in this namespace."""
+        if not self.owned:
+            await self.store._own(self.space)
+            self.owned = True
+
+    def now(self) -> datetime:
+        """The store's time."""
+        return datetime.fromtimestamp(self.store.clock(), UTC)
+
+    async def finish_all(self) -> int:
+        """Finish every deletion that was begun and not finished; return how many there were."""
+        return sum([await births.deletions.finish_all() for births in self.births.values()])
+
+    def forget(self, key: str) -> bool:
+        """Read a birth key again before it is next relied on; False: ``key`` is none, nor a marker."""
+        return any(births.forget(key) for births in self.births.values())
+
+    async def holds(self, checks: Sequence[Check]) -> bool:
+        """Whether everything is still as the checks say."""
+        found = await self.store._entries([check.key for check in checks])
+        return all(version_of(entry) == check.expect for entry, check in zip(found, checks, strict=True))
+
+
+class Births:
+    """The birth keys of one collection, and the deletions of what belongs to its records."""
+
+    def __init__(self, family: Family, repository: Repository[Any], *, beside: Beside | None = None) -> None:
+        """``beside``: removes what is kept beside a record, where batches are not atomic."""
+        self.kind = repository.name
+        self.repository = repository
+        self._family = family
+        self._store = family.store
+        self.prefix = keys.meta_prefix(family.space, self.kind, "birth")
+        self.deleting_prefix = keys.meta_prefix(family.space, self.kind, "deleting")
+        self.deletions = Deletions(family.store, repository, self.prefix, self.deleting_prefix, beside)
+        self._known: OrderedDict[str, Check] = OrderedDict()
+        family.births[self.kind] = self
+
+    def also(self, cascade: Cascade) -> None:
+        """Let ``cascade`` remove what belongs to a deleted record."""
+        self.deletions.cascades.append(cascade)
+
+    async def check(self, id: str) -> Check:
+        """Return the condition that the record of ``id`` lives, for every batch below it.
+
+        Raises:
+            ParentGone: there is no such record, as far as is known here.
+        """
+        part = keys.encode(id)
+        found = self._known.get(part)
+        if found is None:
+            [entry] = await self._store._entries([self.prefix + part])
+            if entry is None:
+                raise ParentGone(self.kind, id)
+            found = Check(entry.key, entry.version)
+            self.remember(part, found)
+        return found
+
+    async def check_or_absent(self, id: str) -> tuple[Check, ...]:
+        """Return the condition that the record of ``id`` lives, or that there is none, as it is now."""
+        part = keys.encode(id)
+        if part in self._known:
+            return (self._known[part],)
+        birth_key, marker_key = self.prefix + part, self.deleting_prefix + part
+        while True:
+            birth, marker = await self._store._entries([birth_key, marker_key])
+            if birth is not None:
+                return (await self.check(id),)
+            if marker is None or marker.value != PENDING:
+                return Check(birth_key, ABSENT), Check(marker_key, version_of(marker))
+            await self.deletions.finish(part)
+
+    def remember(self, part: str, check: Check) -> None:
+        """Spare the next check a read."""
+        self._known[part] = check
+        if len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+
+    def forget(self, key: str) -> bool:
+        """As `Family.forget`."""
+        for prefix in (self.prefix, self.deleting_prefix):
+            if key.startswith(prefix):
+                self._known.pop(key[len(prefix) :], None)
+                return True
+        return False
+
+    async def bear(
+        self,
+        part: str,
+        record: Any,
+        checks: Callable[[], Awaitable[Sequence[Check]]],
+        beside: Callable[[Entry | None], list[Op]] | None = None,
+        beside_key: str = "",
+    ) -> tuple[Check, bytes]:
+        """Create a record with its birth key; return the check of that and the version of what is beside it.
+
+        Args:
+            part: the record's encoded id.
+            checks: asks for what the record's own parents have to fulfil, again after each conflict.
+            beside: what is written with it, made of what lies at ``beside_key`` already.
+
+        Raises:
+            UniqueConflict: there is a record of this id, or of a unique value.
+            ParentGone: as ``checks`` does.
+        """
+        if not self._family.atomic:
+            return await self._bear_in_order(part, record, checks, beside, beside_key)
+        key, writer = self.repository._prefix + part, _atomic(self.repository)
+        birth_key, marker_key = self.prefix + part, self.deleting_prefix + part
+        more = [] if beside is None else beside(None)
+        for attempt in range(_ATTEMPTS):
+            also = [Check(marker_key, ABSENT), Put(birth_key, _BIRTH, ABSENT), *more, *await checks()]
+            try:
+                version = await writer.save(part, record, expect=ABSENT, also=also)
+            except UniqueConflict:
+                raise
+            except Conflict as conflict:
+                if conflict.key in (birth_key, key):
+                    raise _taken(part) from conflict
+                if conflict.key == marker_key:
+                    await self.deletions.finish(part, begin_anew=True)
+                elif not self._family.forget(conflict.key):
+                    raise
+                await backoff(attempt)
+                continue
+            check = Check(birth_key, version)
+            self.remember(part, check)
+            return check, version
+        raise Conflict(key, ABSENT)
+
+    async def _bear_in_order(
+        self,
+        part: str,
+        record: Any,
+        checks: Callable[[], Awaitable[Sequence[Check]]],
+        beside: Callable[[Entry | None], list[Op]] | None,
+        beside_key: str,
+    ) -> tuple[Check, bytes]:
+        """Birth key and what is beside first, the record last: a record that can be seen can be written to."""
+        key, birth_key = self.repository._prefix + part, self.prefix + part
+        self.repository._codec.encode(key, record)  # what cannot be kept fails before anything is written
+        await self.deletions.finish(part, begin_anew=True)
+        looked_at = [key, birth_key, *([beside_key] if beside_key else ())]
+        stored, birth, *old = await self._store._entries(looked_at)
+        if live(stored) is not None:
+            raise _taken(part)
+        conditions = await checks()
+        version = b""
+        try:
+            if birth is None:
+                version = await self._store._commit([Put(birth_key, _BIRTH, ABSENT)])
+            beside_version = b"" if beside is None else await self._store._commit(beside(old[0]))
+            await _ordered(self.repository).save(part, record, old=stored)
+        except UniqueConflict:
+            if birth is None:
+                await self._unborn(part, version)
+            raise
+        except Conflict as conflict:
+            raise _taken(part) from conflict
+        check = Check(birth_key, version if birth is None else birth.version)
+        if not await self._family.holds(conditions):
+            for condition in conditions:
+                self._family.forget(condition.key)
+            try:
+                await checks()
+            except ParentGone:
+                await self.kill(part)
+                raise
+        self.remember(part, check)
+        return check, beside_version
+
+    async def _unborn(self, part: str, version: bytes) -> None:
+        """Take back what a creation left that a unique value stopped."""
+        try:
+            await require(self._store, Check(self.prefix + part, version))
+        except Conflict:
+            return
+        await self.deletions.behead(part)
+
+    async def kill(self, part: str, guard: Check | None = None) -> bool:
+        """Delete a record by its encoded id, and everything that belongs to it; False where there was none.
+
+        Args:
+            guard: of the deletion that this one is part of. Its Conflict is let through.
+        """
+        if self._family.atomic:
+            existed = await self._begin(part, guard)
+        else:
+            existed = await self._begin_in_order(part, guard)
+        self.forget(self.prefix + part)
+        await self.deletions.finish(part)
+        return existed
+
+    async def _begin(self, part: str, guard: Check | None) -> bool:
+        writer = _atomic(self.repository)
+        key, birth_key, marker_key = self.repository._prefix + part, self.prefix + part, self.deleting_prefix + part
+        for attempt in range(_ATTEMPTS):
+            birth, stored = await self._store._entries([birth_key, key])
+            if birth is None and stored is None:
+                return False
+            also: list[Op] = [Put(marker_key, PENDING), *([] if guard is None else [guard])]
+            if birth is not None:
+                also.append(Delete(birth_key, birth.version))
+            try:
+                if stored is None:
+                    await self._store._commit(also)
+                elif not await writer.remove(part, also=also):
+                    continue
+            except Conflict as conflict:
+                if guard is not None and conflict.key == guard.key:
+                    raise
+                await backoff(attempt)
+                continue
+            return True
+        raise Conflict(key, None)
+
+    async def _begin_in_order(self, part: str, guard: Check | None) -> bool:
+        if guard is not None:
+            await require(self._store, guard)
+        key, birth_key = self.repository._prefix + part, self.prefix + part
+        birth, stored = await self._store._entries([birth_key, key])
+        if birth is None and live(stored) is None:
+            return False
+        conditional = self._store.capabilities.conditional_delete
+        ops: list[Op] = [Put(self.deleting_prefix + part, PENDING)]  # what follows is finished by whoever sees this
+        if birth is not None:
+            ops.append(Delete(birth_key, birth.version if conditional else None))
+        try:
+            await self._store._commit(ops)
+        except Conflict:  # somebody else deletes it
+            return False
+        return True
+
+
+class Belongs(msgspec.Struct, frozen=True):
+    """What a field of a record names.
+
+    Attributes:
+        field: holds the parent's id; None: there is none.
+        births: of the parent's kind.
+        cascade: the record is deleted with its parent. Needs an index over the field, or the field first in the key.
+        optional: the parent need not be there.
+    """
+
+    field: str
+    births: Births
+    cascade: bool = True
+    optional: bool = False
+
+    async def checks(self, record: Any, before: Any = None) -> tuple[Check, ...]:
+        """Return what the field of ``record`` asks for, nothing where ``before`` has the same there."""
+        id_ = getattr(record, self.field)
+        if id_ is None or (before is not None and getattr(before, self.field) == id_):
+            return ()
+        if self.optional:
+            return await self.births.check_or_absent(id_)
+        return (await self.births.check(id_),)
+
+
+async def checks_of(belongs: Iterable[Belongs], record: Any, before: Any = None) -> tuple[Check, ...]:
+    """Return what has to be so for ``record`` to be written in place of ``before``.
+
+    Raises:
+        ParentGone: a record that it belongs to does not exist.
+    """
+    found: dict[str, Check] = {}
+    for each in belongs:
+        for check in await each.checks(record, before):
+            found[check.key] = check
+    return tuple(found.values())
+
+
+class Records(Generic[R]):
+    """Records that may belong to others by their fields, and are deleted with them.
+
+    ``created_at`` and ``updated_at`` are set here where the type has them, unless the caller does.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        type: type[R],
+        *,
+        name: str,
+        key: str | tuple[str, ...] = "id",
+        indexes: Iterable[Index] = (),
+        belongs: Sequence[Belongs] = (),
+        **options: Any,
+    ) -> None:
+        """``options``: as for `Repository`."""
+        self.repository: Repository[R] = Repository(
+            family.store, type, name=name, key=key, indexes=indexes, namespace=family.namespace, **options
+        )
+        family.repositories[name] = self.repository
+        self._family = family
+        self._store = family.store
+        self._type = type
+        self._key = (key,) if isinstance(key, str) else key
+        self._belongs = tuple(belongs)
+        self._has_times = "created_at" in type.__struct_fields__, "updated_at" in type.__struct_fields__
+        for each in self._belongs:
+            if not each.cascade:
+                continue
+            if each.field == self._key[0]:
+                each.births.deletions.children.append(self.repository)
+            else:
+                each.births.also(self._cascade_of(each.field))
+
+    # ---- reading
+
+    async def get(self, id: Any) -> R | None:
+        """Return the record, or None; one read."""
+        return await self.repository.get(_plain(id))
+
+    async def exists(self, id: Any) -> bool:
+        """Whether there is such a record; it is not decoded."""
+        return await self.repository.exists(_plain(id))
+
+    async def find(
+        self, *, limit: int = 100, offset: int = 0, on_corrupt: OnCorrupt | None = None, **where: Any
+    ) -> list[R]:
+        """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
+        if offset < 0:
+            raise BadRequest(f"offset={offset}: pass over none, or some")
+        found = await self.repository.find(limit=limit + offset, on_corrupt=on_corrupt, **where)
+        return found[offset:]
+
+    async def page(
+        self, *, limit: int = 100, after: str | None = None, on_corrupt: OnCorrupt | None = None, **where: Any
+    ) -> Page[R]:
+        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
+        return await self.repository.page(limit=limit, after=after, on_corrupt=on_corrupt, **where)
+
+    async def iterate(self, *, on_corrupt: OnCorrupt | None = None, **where: Any) -> AsyncIterator[R]:
+        """Yield every record that `find` would. As `Repository.iterate`."""
+        async for record in self.repository.iterate(on_corrupt=on_corrupt, **where):
+            yield record
+
+    async def count(self, **where: Any) -> int:
+        """Count the records, all or those that `find` would return; only keys are read."""
+        return await self.repository.count(**where)
+
+    # ---- writing
+
+    async def create(self, record: R | None = None, /, **fields: Any) -> R:
+        """Store a new record, given whole or by its fields; return it as it is stored.
+
+        Raises:
+            UniqueConflict: there is one of this id, or of a unique value.
+            ParentGone: what it belongs to does not exist.
+            BadRequest: no such field, a field of another type, or a time without a zone.
+        """
+        made = self._new(self._made(record, fields))
+        await self._family.own()
+        await self._insert(made)
+        return made
+
+    async def save(self, record: R) -> R:
+        """Store a record whose id you bring, in place of what is there; return it as it is stored.
+
+        ``created_at`` stays where it is not given, ``updated_at`` moves.
+
+        Raises:
+            As `create`, but for UniqueConflict of the id.
+        """
+        self._refuse_type(record)
+        await self._family.own()
+        pk = self.repository._pk_of(record)
+        for attempt in range(_ATTEMPTS):
+            entry = await self._entry(pk)
+            try:
+                if entry is None:
+                    made = self._new(record)
+                    await self._insert(made)
+                else:
+                    before = self._decode(entry)
+                    made = self._renewed(record, before)
+                    await self._replace(pk, made, before, entry)
+            except UniqueConflict as conflict:
+                if conflict.index != "id" or conflict.holder != keys.unescape(pk):
+                    raise
+            except Conflict:
+                pass
+            else:
+                return made
+            await backoff(attempt)
+        raise Conflict(self.repository._prefix + pk, None)
+
+    async def update(self, id: Any, fn: Callable[[R], R]) -> R | None:
+        """Replace the record by what ``fn`` makes of it, and return that; None where there is none.
+
+        ``fn`` is called again when another writer came first. ``updated_at`` moves, unless ``fn`` sets it.
+
+        Raises:
+            BadRequest: ``fn`` gave it another key. ParentGone: what it shall belong to does not exist.
+        """
+        await self._family.own()
+        pk = self.repository._pk(_plain(id))
+        for attempt in range(_ATTEMPTS):
+            entry = await self._entry(pk)
+            if entry is None:
+                return None
+            before = self._decode(entry)
+            changed: Any = fn(self._decode(entry))
+            self._refuse_type(changed)
+            changed = self._renewed(changed, before)
+            if self.repository._pk_of(changed) != pk:
+                raise BadRequest(f"the key of a stored {self.repository.name} cannot change: create another")
+            try:
+                await self._replace(pk, changed, before, entry)
+            except UniqueConflict:
+                raise
+            except Conflict:
+                await backoff(attempt)
+                continue
+            return changed
+        raise Conflict(self.repository._prefix + pk, None)
+
+    async def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+        """Replace the metadata as a whole; None where there is no such record."""
+        return await self.update(id, lambda record: _with(record, metadata=dict(metadata)))
+
+    async def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+        """Set some keys of the metadata and leave the others; None where there is no such record."""
+        return await self.update(
+            id, lambda record: _with(record, metadata={**(cast("Any", record).metadata or {}), **metadata})
+        )
+
+    async def delete(self, id: Any) -> bool:
+        """Remove the record; False where there was none."""
+        await self._family.own()
+        return await self.repository.delete(_plain(id))
+
+    # ---- private
+
+    def _made(self, record: R | None, fields: Mapping[str, Any]) -> R:
+        if record is not None:
+            self._refuse_type(record)
+            if fields:
+                raise BadRequest(f"give a {self._type.__name__}, or its fields")
+            return record
+        try:
+            return self._type(**fields)
+        except TypeError as error:
+            raise BadRequest(f"{error}; fields: {', '.join(self._type.__struct_fields__)}") from error
+
+    def _refuse_type(self, record: Any) -> None:
+        if not isinstance(record, self._type):
+            raise BadRequest(f"a {self.repository.name} is a {self._type.__name__}, not {type(record).__name__}")
+
+    def _new(self, record: R) -> R:
+        """Return a copy with its id and its times."""
+        made: Any = msgspec.structs.replace(record)
+        if "id" in self._key:
+            made.id = str(made.id) if made.id else new_id()
+        has_created, has_updated = self._has_times
+        if has_created:
+            made.created_at = self._family.now() if made.created_at is None else utc(made.created_at, "created_at")
+        if has_updated:
+            start = made.created_at if has_created else self._family.now()
+            made.updated_at = start if made.updated_at is None else utc(made.updated_at, "updated_at")
+        self._check(made)
+        return made
+
+    def _renewed(self, record: R, before: R) -> R:
+        """Return a copy with the times of a record that takes the place of ``before``."""
+        made: Any = msgspec.structs.replace(record)
+        old: Any = before
+        has_created, has_updated = self._has_times
+        if has_created:
+            made.created_at = old.created_at if made.created_at is None else utc(made.created_at, "created_at")
+        if has_updated:
+            given = made.updated_at
+            if given is None or given == old.updated_at:
+                made.updated_at = self._family.now()
+            else:
+                made.updated_at = utc(given, "updated_at")
+        self._check(made)
+        return made
+
+    def _check(self, record: R) -> None:
+        """Raise BadRequest for what this kind of record cannot be; it may be completed here."""
+
+    def _ttl(self, record: R) -> float | None:
+        """When the record expires, in seconds since 1970; None: never."""
+        return None
+
+    async def _insert(self, record: R) -> None:
+        await self._write(self.repository._pk_of(record), record, None, None)
+
+    async def _replace(self, pk: str, record: R, before: R, entry: Entry) -> None:
+        await self._write(pk, record, before, entry)
+
+    async def _write(self, pk: str, record: R, before: R | None, entry: Entry | None) -> None:
+        """Write a record in place of the entry that was read, on condition of what it belongs to."""
+        key, expires_at = self.repository._prefix + pk, self._ttl(record)
+        for attempt in range(_ATTEMPTS):
+            checks = await checks_of(self._belongs, record, before)
+            try:
+                if self._family.atomic:
+                    await _atomic(self.repository).save(
+                        pk,
+                        record,
+                        expect=ABSENT if entry is None else None,
+                        old=UNREAD if entry is None else entry,
+                        expires_at=expires_at,
+                        also=checks,
+                    )
+                    return
+                if await self._write_in_order(pk, record, entry, expires_at, checks):
+                    return
+            except UniqueConflict:
+                raise
+            except Conflict as conflict:
+                if conflict.key == key and entry is None:
+                    raise _taken(pk) from conflict
+                if not self._family.forget(conflict.key):
+                    raise
+            await backoff(attempt)
+        raise Conflict(key, version_of(entry))
+
+    async def _write_in_order(
+        self, pk: str, record: R, entry: Entry | None, expires_at: float | None, checks: Sequence[Check]
+    ) -> bool:
+        """Write, and look at the parents again; False: taken back, since they are not what they were."""
+        key, writer = self.repository._prefix + pk, _ordered(self.repository)
+        [stored] = await self._store._entries([key]) if entry is None else [entry]
+        if entry is None and live(stored) is not None:
+            raise _taken(pk)
+        await writer.save(pk, record, old=stored, expires_at=expires_at)
+        if await self._family.holds(checks):
+            return True
+        for check in checks:
+            self._family.forget(check.key)
+        before = None if live(stored) is None else self._decode(cast("Entry", stored))
+        try:
+            if before is not None:
+                await checks_of(self._belongs, before)
+                await writer.save(pk, before, expires_at=None if stored is None else stored.expires_at)
+                return False
+        except ParentGone:
+            pass
+        await writer.remove(pk)
+        return False
+
+    def _cascade_of(self, field: str) -> Cascade:
+        async def cascade(id_: str, guard: Check) -> None:
+            found = True
+            while found:  # what changed between reading and removing is met again
+                found = False
+                async for page in belonging(self.repository, field, id_):
+                    found = True
+                    await self._remove_page(page, guard)
+
+        return cascade
+
+    async def _remove_page(self, page: Sequence[Entry], guard: Check) -> None:
+        await remove_page(self.repository, page, guard)
+
+    async def _entry(self, pk: str) -> Entry | None:
+        [entry] = await self._store._entries([self.repository._prefix + pk])
+        return live(entry)
+
+    def _decode(self, entry: Entry) -> R:
+        return self.repository._codec.decode(entry.key, entry.value)
+
+
+class Parents(Records[R]):
+    """Records that others belong to; deleting one deletes them too.
+
+    Attributes:
+        births: what others name in their `Belongs`, or in `Children`.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        type: type[R],
+        *,
+        name: str,
+        indexes: Iterable[Index] = (),
+        belongs: Sequence[Belongs] = (),
+        **options: Any,
+    ) -> None:
+        super().__init__(family, type, name=name, indexes=indexes, belongs=belongs, **options)
+        self.births = Births(family, self.repository)
+
+    async def check(self, id: str | UUID) -> Check:
+        """As `Births.check`."""
+        return await self.births.check(str(id))
+
+    async def delete(self, id: Any) -> bool:
+        """Delete the record and everything that belongs to it; False where there was none.
+
+        From the first commit on the record is gone; what belongs to it follows in batches. If that is
+        interrupted, it is finished by the next `open` of the store, or when the id is used again.
+        """
+        await self._family.own()
+        return await self.births.kill(self.repository._pk(_plain(id)))
+
+    async def _insert(self, record: R) -> None:
+        await self.births.bear(self.repository._pk_of(record), record, lambda: checks_of(self._belongs, record))
+
+    async def _remove_page(self, page: Sequence[Entry], guard: Check) -> None:
+        for entry in page:
+            await self.births.kill(entry.key[len(self.repository._prefix) :], guard)
+
+
+class Children(Records[R]):
+    """Records kept below a parent: its id is the first field of their key, or their whole key."""
+
+    def __init__(
+        self,
+        family: Family,
+        type: type[R],
+        *,
+        name: str,
+        key: str | tuple[str, ...],
+        parents: Births,
+        indexes: Iterable[Index] = (),
+        belongs: Sequence[Belongs] = (),
+        **options: Any,
+    ) -> None:
+        field = key if isinstance(key, str) else key[0]
+        below = Belongs(field, parents)
+        super().__init__(family, type, name=name, key=key, indexes=indexes, belongs=(below, *belongs), **options)
+        self._parents = parents
+        self._guard_prefix = keys.meta_prefix(family.space, name, "stat")
+        parents.deletions.guards.append(self._guard_prefix)
+
+    async def of(
+        self,
+        parent: str | UUID,
+        *,
+        limit: int | None = None,
+        reverse: bool = False,
+        on_corrupt: OnCorrupt | None = None,
+    ) -> list[R]:
+        """Return the records below a parent in the order of their keys, all or the first ``limit`` of them.
+
+        Args:
+            reverse: the last ones first.
+            on_corrupt: is handed the error of each damaged record, which is left out; without it, it is raised.
+        """
+        entries = await self._below(keys.encode(str(parent)))
+        if reverse:
+            entries.reverse()
+        return list(decoded(self.repository._codec, entries[:limit], on_corrupt))
+
+    async def delete_all(self, parent: str | UUID) -> int:
+        """Remove the records below a parent; return how many there were. As `replace_all` by nothing."""
+        had = len(await self._below(keys.encode(str(parent))))
+        try:
+            await self.replace_all(parent, ())
+        except ParentGone:
+            return 0
+        return had
+
+    async def replace_all(self, parent: str | UUID, items: Iterable[R]) -> list[R]:
+        """Let ``items`` be all the records below a parent; return them as they are stored.
+
+        What is there and equal is not written. Where batches are atomic this is one batch, whole or not at
+        all, and of several at once each replaces the other as a whole. Elsewhere what is new or changed is
+        written first, and what is left over is removed then.
+
+        Raises:
+            ParentGone: there is no such parent; nothing was changed.
+            BadRequest: an item belongs to another parent, or two have one key.
+        """
+        id_ = str(parent)
+        part = keys.encode(id_)
+        await self._family.own()
+        given = list(items)
+        for attempt in range(_ATTEMPTS):
+            checks = (await self._parents.check(id_),)
+            entries, guard = await self._below(part), Check("", ABSENT)
+            if self._family.atomic:
+                [found] = await self._store._entries([self._guard_prefix + part])
+                guard = Check(self._guard_prefix + part, version_of(found))
+            stored = {entry.key[len(self.repository._prefix) :]: entry for entry in entries}
+            wanted = self._wanted(id_, given, stored)
+            more = [each for record in wanted.values() for each in await checks_of(self._belongs[1:], record)]
+            checks = tuple({check.key: check for check in (*checks, *more)}.values())
+            try:
+                if self._family.atomic:
+                    await self._replace_at_once(stored, wanted, checks, guard)
+                elif not await self._replace_in_order(stored, wanted, checks):
+                    continue
+            except UniqueConflict:
+                raise
+            except Conflict as conflict:
+                self._family.forget(conflict.key)
+                if conflict.key == self.repository._definitions.key:
+                    await self.repository._definitions.refresh()
+                await backoff(attempt)
+                continue
+            return list(wanted.values())
+        raise Conflict(self.repository._prefix + part, None)
+
+    def _wanted(self, parent: str, items: Sequence[R], stored: Mapping[str, Entry]) -> dict[str, R]:
+        """Return the records to be there, by their encoded keys; what is equal but for its times as it is."""
+        wanted: dict[str, R] = {}
+        field = self._key[0]
+        for item in items:
+            self._refuse_type(item)
+            if getattr(item, field) != parent:
+                raise BadRequest(f"{field} is {getattr(item, field)!r}: the item does not belong to {parent!r}")
+            made = self._new(item)
+            pk = self.repository._pk_of(made)
+            if pk in stored:
+                before = self._decode(stored[pk])
+                made = before if self._same(item, before) else self._renewed(item, before)
+            if pk in wanted:
+                raise BadRequest(f"two items have the key {keys.unescape(pk.replace('!', ', '))!r}")
+            wanted[pk] = made
+        return wanted
+
+    def _same(self, item: R, before: R) -> bool:
+        """Whether ``item`` says nothing that is not stored; times that it leaves open count as the stored ones."""
+        given: Any = msgspec.structs.replace(item)
+        for field, has in zip(("created_at", "updated_at"), self._has_times, strict=True):
+            if has and getattr(given, field) is None:
+                setattr(given, field, getattr(before, field))
+        return given == before
+
+    async def _replace_at_once(
+        self, stored: Mapping[str, Entry], wanted: Mapping[str, R], checks: Sequence[Check], guard: Check
+    ) -> None:
+        writer = _atomic(self.repository)
+        known = await self.repository._definitions.known()
+        ops = IndexOps()
+        main: list[Op] = []
+        gone = [(pk, entry) for pk, entry in stored.items() if pk not in wanted]
+        changed = [(pk, record) for pk, record in wanted.items() if self._differs(pk, record, stored.get(pk))]
+        if not gone and not changed:
+            return
+        for pk, entry in gone:
+            await writer.index_ops(ops, known, pk, entry, None, None, {})
+            main.append(writer.deletion(entry))
+        for pk, record in changed:  # what is given up comes before what is claimed
+            old = stored.get(pk)
+            for slot in known.maintained if old is not None else ():
+                has = slot.keys(record, pk)
+                for each in slot.stored_keys(writer.decoded(old), pk):
+                    if each not in has and slot.state != "building":
+                        ops.delete(each)
+        for pk, record in changed:
+            old, key = stored.get(pk), self.repository._prefix + pk
+            main.append(Put(key, writer.encoded(key, record, old, known), version_of(old)))
+            await writer.index_ops(ops, known, pk, old, record, None, {})
+        stamp = Put(guard.key, _BIRTH, guard.expect)  # two at once differ here, whatever they write
+        try:
+            await self._store._commit([*checks, known.check, stamp, *main, *ops.by_key.values()])
+        except Conflict as conflict:
+            slot = ops.claims.get(conflict.key)
+            if slot is not None:  # a value of another parent's record, or of one that is gone
+                await writer.resolve(known, "", conflict, {})
+            raise
+
+    async def _replace_in_order(
+        self, stored: Mapping[str, Entry], wanted: Mapping[str, R], checks: Sequence[Check]
+    ) -> bool:
+        writer = _ordered(self.repository)
+        for pk, record in wanted.items():
+            self.repository._codec.encode(self.repository._prefix + pk, record)
+        written: list[str] = []
+        for pk, record in wanted.items():
+            if self._differs(pk, record, stored.get(pk)):
+                await writer.save(pk, record)
+                written.append(pk)
+        for pk in stored:
+            if pk not in wanted:
+                await writer.remove(pk)
+        if await self._family.holds(checks):
+            return True
+        for check in checks:
+            self._family.forget(check.key)
+        for pk in written:
+            await writer.remove(pk)
+        return False
+
+    def _differs(self, pk: str, record: R, old: Entry | None) -> bool:
+        return old is None or self._decode(old) != record
+
+    async def _below(self, part: str) -> list[Entry]:
+        start = self.repository._prefix + part
+        end = keys.prefix_end(start + "!")
+        found: list[Entry] = []
+        while True:
+            page = await self._store._scan(start, end, limit=_PAGE)
+            found += [entry for entry in page if live(entry) is not None]
+            if len(page) < _PAGE:
+                return found
+            start = page[-1].key + "!"  # no key lies between a key and itself + '!'
+
+
+def _atomic(repository: Repository[R]) -> AtomicWriter[R]:
+    return cast("AtomicWriter[R]", repository._writer)
+
+
+def _ordered(repository: Repository[R]) -> OrderedWriter[R]:
+    return cast("OrderedWriter[R]", repository._writer)
+
+
+def _taken(pk: str) -> UniqueConflict:
+    shown = ", ".join(keys.unescape(part) for part in pk.split("!"))
+    return UniqueConflict("id", shown, shown)
+
+
+def _plain(id: Any) -> Any:
+    """Return an id as the repository takes it: a UUID counts as its text."""
+    if isinstance(id, UUID):
+        return str(id)
+    if isinstance(id, tuple):
+        return tuple(_plain(each) for each in cast("tuple[Any, ...]", id))
+    return id
+
+
+def _with(record: R, **fields: Any) -> R:
+    return msgspec.structs.replace(record, **fields)

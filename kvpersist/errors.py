@@ -21,7 +21,7 @@
     |-- Unsupported                              this backend cannot keep that promise
     |-- BadRequest             ValueError        the call itself is wrong
     |   |-- BadKey, KeyTooLong, ValueTooLarge, Unencodable, NoIndex, BadCursor
-    |   |-- ReservedNamespace, BadOption, UnknownScheme, MalformedRecord
+    |   |-- ReservedNamespace, BadOption, UnknownScheme, MalformedRecord, BadTransition
     |-- CorruptRecord          ValueError        stored bytes are not what was written
     |-- FormatMismatch                           a store of another format, or no store at all
     |-- ReadOnly               PermissionError   the store cannot be written
@@ -42,6 +42,7 @@ __all__ = [
     "BadKey",
     "BadOption",
     "BadRequest",
+    "BadTransition",
     "BrokenPlugin",
     "Busy",
     "CommitUnknown",
@@ -483,6 +484,20 @@ class MalformedRecord(BadRequest):
     def __str__(self) -> str:
         field = f", field {self.field}" if self.field else ""
         return f"{self.source}: record {self.record}{field}: {self.reason}"
+
+
+class BadTransition(BadRequest):
+    """A record cannot come to ``wanted`` from the ``state`` it is in; nothing was changed."""
+
+    code = "KV421"
+
+    def __init__(self, record: str, state: str, wanted: str, allowed: tuple[str, ...]) -> None:
+        super().__init__(record, state, wanted, allowed)
+        self.record, self.state, self.wanted, self.allowed = record, state, wanted, allowed
+
+    def __str__(self) -> str:
+        ways = f"from there it may become {', '.join(self.allowed)}" if self.allowed else "that is its end"
+        return f"{self.record} is {self.state} and cannot become {self.wanted}: {ways}"
 
 
 class CorruptRecord(KvError, ValueError):

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, cast
 
 import msgspec
 
-from kvpersist.agents.records import ROLES, Message, Session, ToolCall, new_id, utc
+from kvpersist.agents.records import ROLES, AuditEntry, Message, Session, ToolCall, new_id, utc
 from kvpersist.agents.stat import Draft
 from kvpersist.codec import RecordCodec
 from kvpersist.driver import Check, Entry
 from kvpersist.errors import BadRequest
 
 __all__ = [
+    "FIXED",
     "Begin",
     "Edit",
+    "EditCall",
     "EditSession",
     "End",
     "Item",
     "Kill",
-    "RemoveMessage",
+    "Remove",
+    "Replace",
+    "ReplaceCalls",
+    "Rewritten",
     "Turn",
     "answered",
     "asked_call",
+    "asked_of",
+    "carried",
     "checked",
+    "edited_call",
     "edited",
     "edited_session",
     "ended",
@@ -33,8 +41,12 @@ __all__ = [
     "weight",
 ]
 
+_ANSWERED: Final = "answered by a message"
+_OPEN: Final = frozenset(("pending", "approval_required", "approved", "executing"))  # states an answer ends
 _ALONE: Final = 1 << 20  # operations: such an item shares no round with others
-_FIXED: Final = ("id", "session_id", "number", "role", "tool_calls", "tool_call_id", "is_error")
+
+FIXED: Final = ("id", "session_id", "number", "role", "tool_calls", "tool_call_id", "is_error")
+"""Fields of a stored message that others rely on."""
 
 
 class Turn:
@@ -56,15 +68,6 @@ class Edit:
         self.number, self.id, self.fn = number, id, fn
 
 
-class RemoveMessage:
-    """Remove one message and the calls it asked for. Answered with whether it was there."""
-
-    __slots__ = ("id", "number")
-
-    def __init__(self, number: int, id: str) -> None:
-        self.number, self.id = number, id
-
-
 class Begin:
     """A call that is made outside of messages. Answered with it; ``place``: its only one (atomic batches)."""
 
@@ -83,6 +86,57 @@ class End:
         self.number, self.position, self.result, self.is_error = number, position, result, is_error
 
 
+class EditCall:
+    """Change one call. Answered with it, None if there is none."""
+
+    __slots__ = ("fn", "number", "position")
+
+    def __init__(self, number: int, position: int, fn: Callable[[ToolCall, datetime], ToolCall]) -> None:
+        self.number, self.position, self.fn = number, position, fn
+
+
+class Remove:
+    """Remove messages, with the calls they asked for: the ``most`` newest behind a number, or those named.
+
+    Answered with a `Rewritten`.
+    """
+
+    __slots__ = ("after", "most", "places")
+
+    def __init__(self, *, after: int = 0, places: Sequence[tuple[int, str]] | None = None, most: int) -> None:
+        self.after, self.places, self.most = after, places, most
+
+
+class Replace:
+    """Make a session's messages the given ones, which are checked already. Answered with a `Rewritten`.
+
+    ``anonymous``: ids made just now, whose messages are known by their content; ``undated``: those
+    whose time was made just now.
+    """
+
+    __slots__ = ("anonymous", "messages", "most", "undated")
+
+    def __init__(self, messages: Sequence[Message], anonymous: Set[str], undated: Set[str], most: int) -> None:
+        self.messages, self.anonymous, self.undated, self.most = messages, anonymous, undated, most
+
+
+class ReplaceCalls:
+    """Make a session's calls the given ones, by their places. Answered with a `Rewritten`."""
+
+    __slots__ = ("calls", "most")
+
+    def __init__(self, calls: dict[tuple[int, int], ToolCall], most: int) -> None:
+        self.calls, self.most = calls, most
+
+
+class Rewritten(NamedTuple):
+    """What a round of rewriting did: how much was removed, what stands now, and whether another round is needed."""
+
+    removed: int
+    stands: Sequence[Message] = ()
+    again: bool = False
+
+
 class EditSession:
     """Change the session's own record. Answered with it."""
 
@@ -95,16 +149,29 @@ class EditSession:
 class Kill:
     """Remove the session's birth key, record and stat, and leave the marker of a deletion to be finished.
 
+    Answered with whether that was done: not where the session changed since ``before``, nor, if only
+    ``closed`` ones are to go, where it is open.
     ``guard``: of the deletion that this one is part of; its Conflict is the answer where that is finished.
     """
 
-    __slots__ = ("guard",)
+    __slots__ = ("before", "closed", "guard")
 
-    def __init__(self, guard: Check | None = None) -> None:
-        self.guard = guard
+    def __init__(self, guard: Check | None = None, *, before: datetime | None = None, closed: bool = False) -> None:
+        self.guard, self.before, self.closed = guard, before, closed
 
 
-Item = Turn | Edit | RemoveMessage | Begin | End | EditSession | Kill
+Item = (
+    Turn
+    | Edit
+    | Remove
+    | Replace
+    | ReplaceCalls
+    | Begin
+    | End
+    | EditCall
+    | EditSession
+    | Kill
+)
 
 
 def asked_call(message: Message, position: int) -> ToolCall:
@@ -122,19 +189,60 @@ def asked_call(message: Message, position: int) -> ToolCall:
 
 
 def answered(call: ToolCall, message: Message) -> ToolCall:
-    """The call once ``message`` answers it; the result stays in the message."""
-    return msgspec.structs.replace(
-        call,
-        state="failed" if message.is_error else "completed",
-        is_error=bool(message.is_error),
-        result_number=message.number,
-        completed_at=message.created_at,
-    )
+    """The call once ``message`` answers it; the result stays in the message.
+
+    An outcome that was set by hand stays as it is.
+    """
+    changes: dict[str, Any] = {"result_number": message.number}
+    if call.state in _OPEN:
+        changes["state"] = "failed" if message.is_error else "completed"
+        changes["is_error"] = bool(message.is_error)
+        changes["completed_at"] = message.created_at
+    if call.audit:
+        entry = AuditEntry(changes.get("state", call.state), cast("datetime", message.created_at), _ANSWERED)
+        changes["audit"] = [*call.audit, entry]
+        changes["updated_at"] = message.created_at
+    return msgspec.structs.replace(call, **changes)
 
 
-def unanswered(call: ToolCall) -> ToolCall:
+def asked_of(call: ToolCall) -> ToolCall:
+    """The call as it was while it waited for the answer it has now."""
+    if call.result_number is None:
+        return call
+    audit = call.audit[:-1] if call.audit and call.audit[-1].note == _ANSWERED else call.audit
+    state = audit[-1].state if audit else "pending"
+    changes: dict[str, Any] = {"state": state, "result_number": None, "audit": audit}
+    if state in _OPEN:
+        changes |= {"is_error": None, "completed_at": None}
+    return msgspec.structs.replace(call, **changes)
+
+
+def unanswered(call: ToolCall, now: datetime) -> ToolCall:
     """The call once its answer is gone."""
-    return msgspec.structs.replace(call, state="pending", is_error=None, result_number=None, completed_at=None)
+    before = asked_of(call)
+    if not call.audit:
+        return before
+    entry = AuditEntry(before.state, now, "its answer was removed")
+    return msgspec.structs.replace(before, audit=[*call.audit, entry], updated_at=now)
+
+
+def carried(call: ToolCall, moved: ToolCall | None) -> ToolCall:
+    """A new call with what is known of ``moved``, the same call of a message that stood elsewhere."""
+    if moved is None or (moved.call_id, moved.name, moved.arguments) != (call.call_id, call.name, call.arguments):
+        return call
+    return msgspec.structs.replace(asked_of(moved), number=call.number, position=call.position)
+
+
+def edited_call(item: EditCall, codec: RecordCodec[ToolCall], entry: Entry, now: datetime) -> ToolCall:
+    """What ``item`` makes of a stored call.
+
+    Raises:
+        BadRequest: what its function raises.
+        Unencodable: it cannot be kept and given back alike.
+    """
+    changed = item.fn(codec.decode(entry.key, entry.value), now)
+    codec.encode(entry.key, changed)
+    return changed
 
 
 def ended(call: ToolCall, item: End, now: datetime) -> ToolCall:
@@ -153,7 +261,7 @@ def edited(fn: Callable[[Message], Message], codec: RecordCodec[Message], entry:
     changed: Any = fn(codec.decode(entry.key, entry.value))
     if not isinstance(changed, Message):
         raise BadRequest(f"the function returned {type(changed).__name__}, not the message")
-    for field in _FIXED:
+    for field in FIXED:
         if getattr(before, field) != getattr(changed, field):
             raise BadRequest(f"{field} of a stored message cannot change: delete it and append another")
     changed.created_at = before.created_at if changed.created_at is None else utc(changed.created_at, "created_at")

@@ -9,9 +9,10 @@ from uuid import UUID
 
 from kvpersist import keys
 from kvpersist.agents.collections import Collections
-from kvpersist.agents.items import Edit, RemoveMessage, Turn, checked
+from kvpersist.agents.items import Edit, Remove, Rewritten, Turn, checked
 from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.records import Message
+from kvpersist.agents.rewrites import Rewrites
 from kvpersist.agents.turns import Turns
 from kvpersist.driver import Entry
 from kvpersist.errors import BadRequest, KvError, PartlyDone
@@ -26,7 +27,7 @@ _PAGE: Final = 250  # messages read at once
 _LONGEST: Final = 1_000  # messages of one batch
 
 
-class Messages:
+class Messages(Rewrites):
     """The messages of one namespace, ``db.messages``."""
 
     def __init__(self, collections: Collections, turns: Turns | OrderedTurns) -> None:
@@ -181,7 +182,9 @@ class Messages:
         found = await self.get(id)
         if found is None:
             return False
-        return await self._turns.submit(found.session_id, RemoveMessage(found.number, found.id))
+        item = Remove(places=[(found.number, found.id)], most=1)
+        done: Rewritten = await self._turns.submit(found.session_id, item)
+        return done.removed > 0
 
     async def search(
         self,

@@ -9,8 +9,8 @@ gone, the turn is taken back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Sequence, Set
+from typing import Any, Final, TypeVar, cast
 
 import msgspec
 
@@ -19,21 +19,29 @@ from kvpersist.agents.collections import Collections
 from kvpersist.agents.items import (
     Begin,
     Edit,
+    EditCall,
     EditSession,
     End,
     Item,
     Kill,
-    RemoveMessage,
+    Remove,
+    Replace,
+    ReplaceCalls,
+    Rewritten,
     Turn,
     answered,
     asked_call,
+    asked_of,
+    carried,
     edited,
+    edited_call,
     edited_session,
     ended,
     unanswered,
     weight,
 )
 from kvpersist.agents.records import Message, Session, ToolCall
+from kvpersist.agents.rewriting import StoredCall, StoredMessage, doomed, followers, planned, planned_calls
 from kvpersist.agents.stat import Draft, Parent, Stat
 from kvpersist.agents.turns import EXACT
 from kvpersist.driver import ABSENT, Check, Delete, Entry, Op, Put
@@ -44,9 +52,12 @@ from kvpersist.index.writer import live
 from kvpersist.log import after_stat
 from kvpersist.repository import Repository
 
-__all__ = ["OrderedTurns", "Recount", "asked_of", "ordered_writer"]
+__all__ = ["OrderedTurns", "Recount", "ordered_writer"]
 
 R = TypeVar("R")
+
+_ATTEMPTS: Final = 20  # of a rewriting that others write between
+_ANY_NUMBER: Final = 1 << 62
 
 
 class Recount:
@@ -80,8 +91,14 @@ class OrderedTurns:
     async def stat(self, session_id: str, stat: Stat) -> Stat:
         """Return ``stat`` with what it missed counted, changing nothing that is stored."""
         draft = Draft(stat)
-        await self._catch_up(keys.encode(session_id), draft, write=False)
+        await self._brought_up(keys.encode(session_id), draft, stat, write=False)
         return draft.done(stat.indexed_at)
+
+    async def _brought_up(self, part: str, draft: Draft, stat: Stat, *, write: bool) -> None:
+        if stat.unsure:  # a rewriting was interrupted
+            await self._recount(part, draft)
+        else:
+            await self._catch_up(part, draft, write=write)
 
     async def _load(self, session_id: str) -> Parent:
         every = self._all
@@ -91,7 +108,7 @@ class OrderedTurns:
             raise ParentGone("session", session_id)
         stat = Stat(every.now()) if entry is None else every.stat_of(entry)
         draft = Draft(stat)
-        await self._catch_up(part, draft, write=True)
+        await self._brought_up(part, draft, stat, write=True)
         version = b"" if entry is None else entry.version
         return Parent(Check(birth.key, birth.version), draft.done(stat.indexed_at), version, {})
 
@@ -108,6 +125,8 @@ class OrderedTurns:
     async def _build(self, session_id: str, parent: Parent, items: list[Any]) -> Built[Parent, Any]:
         part = keys.encode(session_id)
         draft = Draft(parent.stat)
+        if parent.stat.unsure:
+            await self._recount(part, draft)
         results: list[Any] = []
         amends: list[Recount] = []
         for item in items:
@@ -118,7 +137,12 @@ class OrderedTurns:
                 if type(item) is Kill:
                     if item.guard is not None and not await self._all.family.holds([item.guard]):
                         return Built([], lambda version: parent, [Conflict(item.guard.key, item.guard.expect)])
-                    return self._kill(part, parent)
+                    return await self._kill(part, parent, item)
+                if type(item) in (Remove, Replace, ReplaceCalls):
+                    parent = await self._doubted(part, parent)
+                    results.append(await self._rewritten(session_id, part, parent, draft, item))
+                    amends.append(Recount())
+                    continue
                 results.append(await self._other(session_id, part, parent, draft, item))
                 amends.append(Recount())
             except UniqueConflict as error:
@@ -147,8 +171,10 @@ class OrderedTurns:
             ops.append(Delete(every.updated_key(part, before)))
         return Built(ops, lambda version: Parent(parent.birth, stat, version, {}), results, stands=0, amends=amends[:1])
 
-    def _kill(self, part: str, parent: Parent) -> Built[Parent, Any]:
+    async def _kill(self, part: str, parent: Parent, item: Kill) -> Built[Parent, Any]:
         every = self._all
+        if not await self._may_go(part, item):
+            return Built([], lambda version: parent, [False])
         conditional = self._store.capabilities.conditional_delete
         ops: list[Op] = [
             parent.birth,
@@ -156,6 +182,26 @@ class OrderedTurns:
             Delete(parent.birth.key, cast("bytes", parent.birth.expect) if conditional else None),
         ]
         return Built(ops, lambda version: cast("Parent", None), [True])
+
+    async def _may_go(self, part: str, item: Kill) -> bool:
+        if item.before is None and not item.closed:
+            return True
+        record, entry = await self._store._entries([self._all.session_prefix + part, self._all.stat_prefix + part])
+        record = live(record)
+        if item.before is not None and entry is not None and self._all.stat_of(entry).updated_at >= item.before:
+            return False
+        codec = self._all.sessions._codec
+        return not (item.closed and record is not None and codec.decode(record.key, record.value).active)
+
+    async def _doubted(self, part: str, parent: Parent) -> Parent:
+        """Note in the stat that its counts will not hold, before something below it is rewritten.
+
+        A crash from here on leaves that note, and whoever loads the stat next counts again.
+        """
+        stat = msgspec.structs.replace(parent.stat, unsure=True)
+        key = self._all.stat_prefix + part
+        version = await self._store._commit([Put(key, self._all.packed(key, stat), parent.version or ABSENT)])
+        return Parent(parent.birth, stat, version, {})
 
     # ---- items
 
@@ -180,9 +226,17 @@ class OrderedTurns:
         return birth is not None and birth.version == parent.birth.expect
 
     async def _refuse(
-        self, writer: OrderedWriter[Message], part: str, draft: Draft, messages: Sequence[Message]
+        self,
+        writer: OrderedWriter[Message],
+        part: str,
+        draft: Draft,
+        messages: Sequence[Message],
+        leaving: Set[str] = frozenset(),
     ) -> None:
-        """Raise what the turn would fail with half way: values that cannot be kept, unique ones that are taken."""
+        """Raise what the turn would fail with half way: values that cannot be kept, unique ones that are taken.
+
+        ``leaving``: keys of the records that give up what they have first.
+        """
         known = await writer._definitions.fresh()
         wanted: dict[str, tuple[Any, str]] = {}
         for number, message in enumerate(messages, draft.last + 1):
@@ -205,7 +259,7 @@ class OrderedTurns:
         for claim, holder in zip(claims, holders, strict=True):
             slot, _ = wanted[claim.key]
             holder = live(holder)
-            if holder is not None and claim.key in slot.stored_keys(writer.decoded(holder), claim.value.decode()):
+            if holder is not None and holder.key not in leaving and claim.key in slot.stored_keys(writer.decoded(holder), claim.value.decode()):
                 raise writer.taken(slot, claim.key, claim.value.decode())
 
     async def _take_back(self, part: str, messages: Sequence[Message]) -> None:
@@ -214,11 +268,21 @@ class OrderedTurns:
                 await ordered_writer(self._all.tool_calls).remove(entry.key[len(self._all.call_prefix) :])
             await ordered_writer(self._all.messages).remove(f"{part}!{keys.encode(message.number)}")
 
-    async def _follow(self, part: str, draft: Draft, message: Message, *, write: bool) -> None:
-        """Store and count the calls that a stored message asks for, or answers; again does no harm."""
+    async def _follow(
+        self, part: str, draft: Draft, message: Message, *, write: bool, moved: Sequence[ToolCall] = ()
+    ) -> None:
+        """Store and count the calls that a stored message asks for, or answers; again does no harm.
+
+        ``moved``: the calls that it had in another place.
+        """
         writer = ordered_writer(self._all.tool_calls)
-        for position in range(len(message.tool_calls or ())):
-            call = asked_call(message, position)
+        known = {call.position: call for call in moved}
+        for position in sorted({*range(len(message.tool_calls or ())), *known}):
+            old = known.get(position)
+            if position < len(message.tool_calls or ()):
+                call = carried(asked_call(message, position), old)
+            else:
+                call = msgspec.structs.replace(asked_of(cast("ToolCall", old)), number=message.number)
             pk = f"{part}!{keys.encode(message.number)}!{keys.encode(position)}"
             if write:
                 try:
@@ -235,7 +299,7 @@ class OrderedTurns:
         while True:
             [entry] = await self._store._entries([self._all.call_prefix + pk])
             if live(entry) is None or entry is None:
-                draft.open.remove(waiting)
+                draft.forget(waiting)
                 return
             call = writer._codec.decode(entry.key, entry.value)
             done = answered(call, message) if call.result_number is None else call
@@ -255,8 +319,6 @@ class OrderedTurns:
     async def _other(self, session_id: str, part: str, parent: Parent, draft: Draft, item: Any) -> Any:
         if type(item) is Edit:
             return await self._edit(part, draft, item)
-        if type(item) is RemoveMessage:
-            return await self._remove(part, draft, item.number, item.id)
         if type(item) is Begin:
             call = await self._begin(part, draft, item.call)
             if not await self._lives(parent):
@@ -265,6 +327,8 @@ class OrderedTurns:
             return call
         if type(item) is End:
             return await self._end(part, draft, item)
+        if type(item) is EditCall:
+            return await self._edit_call(part, draft, item)
         if type(item) is EditSession:
             return await self._edit_session(session_id, part, draft, item)
         return await self._recount(part, draft)
@@ -286,31 +350,96 @@ class OrderedTurns:
             draft.touch(self._all.now())
             return changed
 
-    async def _remove(self, part: str, draft: Draft, number: int, id_: str) -> bool:
+    async def _rewritten(self, session_id: str, part: str, parent: Parent, draft: Draft, item: Any) -> Rewritten:
+        """Rewrite, and again where another writer came between: what stands is read anew each time."""
+        for _ in range(_ATTEMPTS):
+            try:
+                if type(item) is Remove:
+                    return await self._remove(session_id, part, draft, item)
+                if type(item) is Replace:
+                    return await self._replace(session_id, part, parent, draft, item)
+                return await self._replace_calls(part, draft, item)
+            except KvError as error:
+                draft.unsure = True
+                await self._recount(part, draft)
+                if not isinstance(error, Conflict) or isinstance(error, UniqueConflict):
+                    raise
+        raise Conflict(self._all.stat_prefix + part, parent.version)
+
+    async def _remove(self, session_id: str, part: str, draft: Draft, item: Remove) -> Rewritten:
         every = self._all
-        writer = ordered_writer(every.tool_calls)
-        pk = f"{part}!{keys.encode(number)}"
-        entry = await self._alive(every.message_prefix + pk)
-        if entry is None:
-            return False
-        message = every.messages._codec.decode(entry.key, entry.value)
-        if message.id != id_:  # of another session that took this one's id
-            return False
-        if not await ordered_writer(every.messages).remove(pk):
-            return False
-        draft.remove(message)
-        async for stored in every.calls_of(part, number, number):
-            call = writer._codec.decode(stored.key, stored.value)
-            await writer.remove(stored.key[len(every.call_prefix) :])
+        found = await doomed(every, part, session_id, item, draft.last)
+        again = item.places is None and len(found) >= item.most
+        behind: int | None = None
+        if item.places is None:
+            behind = found[-1][1].number if again else item.after + 1 if item.after else 0
+        gone = await self._take_out(part, draft, found, behind)
+        if found or gone:
+            draft.touch(every.now())
+        return Rewritten(len(found), again=again)
+
+    async def _take_out(
+        self, part: str, draft: Draft, removed: Sequence[StoredMessage], behind: int | None = None
+    ) -> list[StoredCall]:
+        """Remove messages, the newest first, then what follows from that; return the calls that went with them."""
+        every = self._all
+        gone, waiting = await followers(every, part, removed, behind)
+        for entry, message in removed:
+            if await ordered_writer(every.messages).remove(entry.key[len(every.message_prefix) :]):
+                draft.remove(message)
+        await self._drop_calls(draft, gone)
+        now = every.now()
+        for entry, call in waiting:
+            asked = unanswered(call, now)
+            await ordered_writer(every.tool_calls).save(entry.key[len(every.call_prefix) :], asked, old=entry)
+            draft.count(call, asked)
+        return gone
+
+    async def _drop_calls(self, draft: Draft, gone: Sequence[StoredCall]) -> None:
+        for entry, call in gone:
+            await ordered_writer(self._all.tool_calls).remove(entry.key[len(self._all.call_prefix) :])
             draft.count(call, None)
-        if message.role == "tool" and message.tool_call_id is not None:
-            async for stored in every.calls_of(part, 0, number - 1):
-                call = writer._codec.decode(stored.key, stored.value)
-                if call.result_number == number:
-                    await writer.save(stored.key[len(every.call_prefix) :], unanswered(call), old=stored)
-                    draft.count(call, unanswered(call))
-        draft.touch(every.now())
-        return True
+
+    async def _replace(self, session_id: str, part: str, parent: Parent, draft: Draft, item: Replace) -> Rewritten:
+        every = self._all
+        plan = await planned(every, part, item)
+        writer = ordered_writer(every.messages)
+        await self._refuse(writer, part, draft, plan.append, {entry.key for entry, _ in plan.remove})
+        gone = await self._take_out(part, draft, plan.remove)
+        for entry, changed in plan.edit:
+            await writer.save(entry.key[len(every.message_prefix) :], changed, old=entry)
+        by_number: dict[int, list[ToolCall]] = {}
+        for _, call in gone:
+            by_number.setdefault(call.number, []).append(call)
+        moved = {message.id: by_number.get(message.number, []) for _, message in plan.remove}
+        for message in plan.append:
+            message.number = draft.last + 1
+            await writer.save(f"{part}!{keys.encode(message.number)}", message, old=None)
+            draft.add(message)
+            await self._follow(part, draft, message, write=True, moved=moved.get(message.id, ()))
+        if plan.append and not await self._lives(parent):
+            await self._take_back(part, plan.append)
+            raise ParentGone("session", session_id)
+        if plan.remove or plan.edit or plan.append:
+            draft.touch(every.now())
+        return Rewritten(len(plan.remove), [*plan.stands, *plan.append], plan.again)
+
+    async def _replace_calls(self, part: str, draft: Draft, item: ReplaceCalls) -> Rewritten:
+        every = self._all
+        plan = await planned_calls(every, part, item)
+        for _, call in plan.put:  # what cannot be kept fails before anything is written
+            every.tool_calls._codec.encode(part, call)
+        await self._drop_calls(draft, plan.remove)
+        for entry, call in plan.put:
+            pk = f"{part}!{keys.encode(call.number)}!{keys.encode(call.position)}"
+            before = None if entry is None else every.tool_calls._codec.decode(entry.key, entry.value)
+            if entry is None:  # the place may hold a tombstone
+                [entry] = await self._store._entries([every.call_prefix + pk])
+            await ordered_writer(every.tool_calls).save(pk, call, old=entry)
+            draft.count(before, call)
+        if plan.remove or plan.put:
+            draft.touch(every.now())
+        return Rewritten(len(plan.remove), again=plan.again)
 
     async def _begin(self, part: str, draft: Draft, call: ToolCall) -> ToolCall:
         every = self._all
@@ -318,7 +447,8 @@ class OrderedTurns:
         async for entry in every.calls_of(part, call.number, call.number):
             call.position = keys.decode(entry.key.rpartition("!")[2], int) + 1
         pk = f"{part}!{keys.encode(call.number)}!{keys.encode(call.position)}"
-        await ordered_writer(every.tool_calls).save(pk, call, old=None)
+        [tombstone] = await self._store._entries([every.call_prefix + pk])  # of a call that was removed
+        await ordered_writer(every.tool_calls).save(pk, call, old=tombstone)
         draft.count(None, call)
         draft.touch(call.created_at)
         return call
@@ -340,6 +470,26 @@ class OrderedTurns:
             draft.count(call, done)
             draft.touch(done.completed_at)
             return done
+
+    async def _edit_call(self, part: str, draft: Draft, item: EditCall) -> ToolCall | None:
+        every = self._all
+        writer = ordered_writer(every.tool_calls)
+        pk = f"{part}!{keys.encode(item.number)}!{keys.encode(item.position)}"
+        while True:
+            entry = await self._alive(every.call_prefix + pk)
+            if entry is None:
+                return None
+            now = every.now()
+            changed = edited_call(item, writer._codec, entry, now)
+            try:
+                await writer.save(pk, changed, old=entry)
+            except UniqueConflict:
+                raise
+            except Conflict:
+                continue
+            draft.count(writer._codec.decode(entry.key, entry.value), changed)
+            draft.touch(now)
+            return changed
 
     async def _edit_session(self, session_id: str, part: str, draft: Draft, item: EditSession) -> Session:
         every = self._all
@@ -365,15 +515,16 @@ class OrderedTurns:
 
     async def _recount(self, part: str, draft: Draft) -> None:
         every = self._all
-        draft.messages, draft.roles, draft.tools, draft.open = 0, {}, {}, []
+        draft.messages, draft.roles, draft.tools, draft.open, draft.settled = 0, {}, {}, [], []
         last, prefix = draft.last, f"{every.message_prefix}{part}!"
         async for entry in after_stat(self._store, prefix, 0):
             if live(entry) is not None:
                 draft.add(every.messages._codec.decode(entry.key, entry.value))
             last = max(last, keys.decode(entry.key[len(prefix) :], int))
         draft.last = last
-        async for entry in every.calls_of(part, 0, last):
+        async for entry in every.calls_of(part, 0, _ANY_NUMBER):
             draft.count(None, every.tool_calls._codec.decode(entry.key, entry.value))
+        draft.unsure = False
 
     async def _alive(self, key: str) -> Entry | None:
         [entry] = await self._store._entries([key])
@@ -388,11 +539,6 @@ def _partly(item: Any, error: KvError) -> KvError:
     unknown = CommitUnknown(what, f"the first {len(item.stored)} of {len(what)} messages stand: {error}")
     unknown.__cause__ = error
     return unknown
-
-
-def asked_of(call: ToolCall) -> ToolCall:
-    """The call as it was counted while it waited."""
-    return call if call.state == "pending" else unanswered(call)
 
 
 def ordered_writer(repository: Repository[R]) -> OrderedWriter[R]:

@@ -23,6 +23,7 @@ from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.records import Message, Session, Stats, TimelineItem, ToolCall
 from kvpersist.agents.sessions import Sessions
 from kvpersist.agents.snapshots import Snapshots
+from kvpersist.agents.stat import tool_stats
 from kvpersist.agents.todos import Todos
 from kvpersist.agents.tool_calls import ToolCalls
 from kvpersist.agents.turns import Turns
@@ -230,12 +231,12 @@ class Persistence:
                 total.sessions += 1
                 total.messages += stat.messages
                 _add(total.messages_by_role, stat.roles)
-                for name, (calls, completed, failed) in stat.tools.items():
-                    states = {"pending": calls - completed - failed, "completed": completed, "failed": failed}
-                    total.tool_calls += calls
-                    total.tool_errors += failed
-                    _add(total.tool_calls_by_name, {name: calls})
-                    _add(total.tool_calls_by_state, {state: count for state, count in states.items() if count})
+                for name, counts in stat.tools.items():
+                    tool = tool_stats(counts)
+                    total.tool_calls += tool.calls
+                    total.tool_errors += tool.failed
+                    _add(total.tool_calls_by_name, {name: tool.calls})
+                    _add(total.tool_calls_by_state, tool.by_state())
             if len(page) < _PAGE:
                 return total
             start = page[-1].key + "!"  # no key lies between a key and itself + '!'

@@ -148,10 +148,11 @@ class ToolCall(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     @property
     def duration(self) -> float | None:
-        """Seconds from call to result; None while there is none."""
-        if self.created_at is None or self.completed_at is None:
+        """Seconds from start (or, where none is known, from the call) to result; None while there is none."""
+        began = self.created_at if self.started_at is None else self.started_at
+        if began is None or self.completed_at is None:
             return None
-        return (self.completed_at - self.created_at).total_seconds()
+        return (self.completed_at - began).total_seconds()
 
 
 class ToolStats(msgspec.Struct):
@@ -160,11 +161,21 @@ class ToolStats(msgspec.Struct):
     calls: int = 0
     completed: int = 0
     failed: int = 0
+    approval_required: int = 0
+    approved: int = 0
+    executing: int = 0
+    denied: int = 0
+    sealed: int = 0
 
     @property
     def pending(self) -> int:
-        """Calls without a result."""
-        return self.calls - self.completed - self.failed
+        """Calls that nothing was decided or done about yet."""
+        return self.calls - sum(getattr(self, state) for state in self.__struct_fields__[1:])
+
+    def by_state(self) -> dict[str, int]:
+        """How many calls are in each state, those without any left out."""
+        counts = {"pending": self.pending} | {state: getattr(self, state) for state in self.__struct_fields__[1:]}
+        return {state: count for state, count in counts.items() if count}
 
 
 class SessionStat(msgspec.Struct, kw_only=True):

@@ -14,34 +14,51 @@ import msgspec
 from kvpersist.agents.records import Message, SessionStat, ToolCall, ToolStats
 from kvpersist.driver import Check, Entry
 
-__all__ = ["UNANSWERED", "Draft", "Parent", "Stat", "Waiting"]
+__all__ = ["SETTLED", "UNANSWERED", "Draft", "Parent", "Stat", "Waiting", "tool_stats"]
 
 UNANSWERED: Final = 256
 """Calls that a session remembers as unanswered; an answer to an older one is not joined with it."""
 
+SETTLED: Final = 32
+"""Calls whose outcome was set without a message, and whose message may still come."""
+
 Waiting = tuple[str, int, int]
 """An unanswered call: its call_id, the number of the asking message, the position in it."""
 
+_COUNTED: Final = ("completed", "failed", "approval_required", "approved", "executing", "denied", "sealed")
+"""The states counted behind the calls themselves, in their stored order: it may only grow. What is left is pending."""
+
+_PLACES: Final = {state: place for place, state in enumerate(_COUNTED, 1)}
+_LEAST: Final = 3  # numbers stored of a tool: calls, completed, failed; further ones only where they are not 0
+
 
 class Stat(msgspec.Struct, omit_defaults=True):
-    """The stored form. ``tools``: per name the calls, and those of them completed and failed."""
+    """The stored form.
+
+    Attributes:
+        tools: per name the calls, and those of them completed, failed and so on: `tool_stats` reads it.
+        open: calls that wait for an answer. settled: those with an outcome already, set by hand.
+        unsure: it was begun to rewrite the session without atomic batches: its counts are to be made anew.
+    """
 
     updated_at: datetime
     last: int = 0
     messages: int = 0
     roles: dict[str, int] = msgspec.field(default_factory=dict[str, int])
-    tools: dict[str, tuple[int, int, int]] = msgspec.field(default_factory=dict[str, tuple[int, int, int]])
+    tools: dict[str, tuple[int, ...]] = msgspec.field(default_factory=dict[str, tuple[int, ...]])
     open: list[Waiting] = msgspec.field(default_factory=list[Waiting])
     indexed_at: datetime | None = None  # what the index `updated` holds
+    settled: list[Waiting] = msgspec.field(default_factory=list[Waiting])
+    unsure: bool = False
 
     def public(self) -> SessionStat:
         """Return it in the form that users get."""
         return SessionStat(
             last=self.last,
             messages=self.messages,
-            tool_calls=sum(calls for calls, _, _ in self.tools.values()),
+            tool_calls=sum(counts[0] for counts in self.tools.values()),
             roles=dict(self.roles),
-            tools={name: ToolStats(*counts) for name, counts in self.tools.items()},
+            tools={name: tool_stats(counts) for name, counts in self.tools.items()},
             updated_at=self.updated_at,
         )
 
@@ -62,7 +79,7 @@ class Parent(NamedTuple):
 class Draft:
     """A stat in the making; the one it started from is not changed."""
 
-    __slots__ = ("last", "messages", "open", "roles", "tools", "updated_at")
+    __slots__ = ("last", "messages", "open", "roles", "settled", "tools", "unsure", "updated_at")
 
     def __init__(self, stat: Stat) -> None:
         self.last = stat.last
@@ -70,6 +87,8 @@ class Draft:
         self.roles = stat.roles.copy()
         self.tools = stat.tools.copy()
         self.open = stat.open.copy()
+        self.settled = stat.settled.copy()
+        self.unsure = False
         self.updated_at = stat.updated_at
 
     def add(self, message: Message) -> None:
@@ -97,37 +116,66 @@ class Draft:
         """Count a call that was made, changed or removed, and remember it while it waits for an answer."""
         for call, by in ((before, -1), (after, 1)):
             if call is not None:
-                calls, completed, failed = self.tools.get(call.name, (0, 0, 0))
-                completed += by if call.state == "completed" else 0
-                failed += by if call.state == "failed" else 0
-                if calls + by:
-                    self.tools[call.name] = (calls + by, completed, failed)
+                counts = list(self.tools.get(call.name, ()))
+                counts += [0] * (len(_COUNTED) + 1 - len(counts))
+                counts[0] += by
+                if place := _PLACES.get(call.state):
+                    counts[place] += by
+                while len(counts) > _LEAST and not counts[-1]:
+                    counts.pop()
+                if counts[0]:
+                    self.tools[call.name] = tuple(counts)
                 else:
                     self.tools.pop(call.name, None)
-        if before is not None and before.state == "pending":
-            waiting = (before.call_id, before.number, before.position)
-            if waiting in self.open:
-                self.open.remove(waiting)
-        if after is not None and after.state == "pending":
+        if before is not None:
+            self.forget((before.call_id, before.number, before.position))
+        if after is not None and after.result_number is None:
             waiting = (after.call_id, after.number, after.position)
-            if self.open and _place(self.open[-1]) > _place(waiting):  # its answer was deleted
-                self.open.append(waiting)
-                self.open.sort(key=_place)
-            else:
-                self.open.append(waiting)
+            if after.state not in ("completed", "failed"):
+                _enter(self.open, waiting)
+            elif after.audit:  # set by hand: a message may still tell the same
+                _enter(self.settled, waiting)
+
+    def forget(self, waiting: Waiting) -> None:
+        """The call waits for no answer any more."""
+        for places in (self.open, self.settled):
+            if waiting in places:
+                places.remove(waiting)
 
     def asked(self, call_id: str, before: int) -> Waiting | None:
         """Find the latest call of this id that still waits and was asked for by a message below ``before``."""
-        for waiting in reversed(self.open):
-            if waiting[0] == call_id and waiting[1] < before:
-                return waiting
-        return None
+        found = [each for each in (*self.open, *self.settled) if each[0] == call_id and each[1] < before]
+        return max(found, key=_place, default=None)
 
     def done(self, indexed_at: datetime | None) -> Stat:
         """Return the stat to be stored."""
         if len(self.open) > UNANSWERED:
             del self.open[:-UNANSWERED]
-        return Stat(self.updated_at, self.last, self.messages, self.roles, self.tools, self.open, indexed_at)
+        if len(self.settled) > SETTLED:
+            del self.settled[:-SETTLED]
+        return Stat(
+            self.updated_at,
+            self.last,
+            self.messages,
+            self.roles,
+            self.tools,
+            self.open,
+            indexed_at,
+            self.settled,
+            self.unsure,
+        )
+
+
+def tool_stats(counts: tuple[int, ...]) -> ToolStats:
+    """Return the stored counts of one tool in the form that users get."""
+    return ToolStats(counts[0], **dict(zip(_COUNTED, counts[1:], strict=False)))
+
+
+def _enter(places: list[Waiting], waiting: Waiting) -> None:
+    late = bool(places) and _place(places[-1]) > _place(waiting)  # its answer was deleted
+    places.append(waiting)
+    if late:
+        places.sort(key=_place)
 
 
 def _place(waiting: Waiting) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from typing import Any
 from uuid import UUID
 
 from kvpersist import keys
+from kvpersist.agents.approvals import CallStates
 from kvpersist.agents.collections import Collections
 from kvpersist.agents.items import Begin, End
 from kvpersist.agents.ordered import OrderedTurns
@@ -31,7 +32,7 @@ class Recording:
         self.is_error = False
 
 
-class ToolCalls:
+class ToolCalls(CallStates):
     """The tool calls of one namespace, ``db.tool_calls``.
 
     They are stored with the message that asks for them, and completed with the message that answers.

@@ -7,7 +7,7 @@ what the items of the round need. `kvpersist.agents.ordered` serves the other ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from itertools import islice
@@ -20,21 +20,28 @@ from kvpersist.agents.collections import Collections
 from kvpersist.agents.items import (
     Begin,
     Edit,
+    EditCall,
     EditSession,
     End,
     Item,
     Kill,
-    RemoveMessage,
+    Remove,
+    Replace,
+    ReplaceCalls,
+    Rewritten,
     Turn,
     answered,
     asked_call,
+    carried,
     edited,
+    edited_call,
     edited_session,
     ended,
     unanswered,
     weight,
 )
 from kvpersist.agents.records import Message, Session, ToolCall
+from kvpersist.agents.rewriting import StoredCall, StoredMessage, doomed, followers, planned, planned_calls
 from kvpersist.agents.stat import Draft, Parent, Stat
 from kvpersist.driver import ABSENT, Check, Delete, Entry, Op, Put
 from kvpersist.errors import Conflict, CorruptRecord, KvError, ParentGone, UniqueConflict
@@ -161,16 +168,18 @@ class Round:
 
     async def prepare(self, items: Sequence[Item]) -> None:
         """Read the calls that the round's messages answer, where they are not remembered: one get."""
+        await self._read_waiting([message for item in items if type(item) is Turn for message in item.messages])
+
+    async def _read_waiting(self, messages: Sequence[Message]) -> None:
         asked: dict[str, int] = {}
-        for item in items:
-            if type(item) is Turn:
-                for message in item.messages:
-                    if message.tool_call_id is not None and message.role == "tool":
-                        asked[message.tool_call_id] = asked.get(message.tool_call_id, 0) + 1
+        for message in messages:
+            if message.tool_call_id is not None and message.role == "tool":
+                asked[message.tool_call_id] = asked.get(message.tool_call_id, 0) + 1
         if not asked:
             return
         held: dict[str, Entry | None] = {}
-        for call_id, number, position in reversed(self._draft.open):
+        waiting = sorted((*self._draft.open, *self._draft.settled), key=lambda each: each[1:], reverse=True)
+        for call_id, number, position in waiting:
             if asked.get(call_id, 0) > 0:
                 asked[call_id] -= 1
                 pk = self._call_pk(number, position)
@@ -195,6 +204,9 @@ class Round:
                 del self._ops.by_key[key]
                 self._ops.claims.pop(key, None)
             del self._puts[marks[1] :]
+            if type(item) is not Turn:  # it has the round to itself, and may have counted some of what it meant to do
+                self._draft = Draft(self._parent.stat)
+                self._calls.clear()
             self._results.append(error)
         if len(self._ops.claims) != len(self._claims):
             for key in self._ops.claims:
@@ -220,7 +232,7 @@ class Round:
                 if every.own_call_indexes:
                     for claim in self._ops.claims:
                         self._claims.setdefault(claim, self._askers[pk])
-                if call.state == "pending" and len(data) <= _LARGE:
+                if call.result_number is None and len(data) <= _LARGE:
                     recent[pk] = key, data
         if not self._puts and not self._ops.by_key:
             return Built([], lambda version: parent, self._results)
@@ -255,17 +267,26 @@ class Round:
             return await self._turn(item.messages)
         if type(item) is Edit:
             return await self._edit(item)
-        if type(item) is RemoveMessage:
-            return await self._remove(item.number, item.id)
+        if type(item) is Remove:
+            return await self._remove(item)
+        if type(item) is Replace:
+            return await self._replace(item)
+        if type(item) is ReplaceCalls:
+            return await self._replace_calls(item)
         if type(item) is Begin:
             return await self._begin(item.call, item.place)
         if type(item) is End:
             return await self._end(item)
+        if type(item) is EditCall:
+            return await self._edit_call(item)
         if type(item) is Kill:
-            return await self._kill(item.guard)
+            return await self._kill(item)
         return await self._edit_session(cast("EditSession", item))
 
-    async def _turn(self, messages: Sequence[Message]) -> Sequence[Message]:
+    async def _turn(
+        self, messages: Sequence[Message], moved: Mapping[str, Sequence[ToolCall]] | None = None
+    ) -> Sequence[Message]:
+        """``moved``: the calls that these messages, by their ids, had in another place."""
         every = self._all
         writer, known = await self._using(every.messages)
         encode, prefix, part = writer._codec.encode, every.message_prefix, self._part
@@ -279,6 +300,7 @@ class Round:
             puts.append(Put(key, encode(key, message), ABSENT))
             self._enter(writer, known, pk, message)
         made = [(pk, call) for message in messages if message.tool_calls for pk, call in self._asked_by(message)]
+        made = self._carried(messages, made, moved) if moved else made
         if made and every.own_call_indexes:  # what they refuse is refused here, before anything is counted
             for slot in (await every.tool_calls._definitions.known()).maintained:
                 for pk, call in made:
@@ -286,7 +308,8 @@ class Round:
         asked = iter(made)
         for message in messages:
             self._draft.add(message)
-            for pk, call in islice(asked, len(message.tool_calls or ())):
+            more = 0 if not moved else len(_recorded(message, moved.get(message.id, ())))
+            for pk, call in islice(asked, len(message.tool_calls or ()) + more):
                 self._calls[pk] = None, call
                 self._draft.count(None, call)
             if message.tool_call_id is not None and message.role == "tool":
@@ -320,7 +343,7 @@ class Round:
         pk = self._call_pk(waiting[1], waiting[2])
         held = self._calls.get(pk) or self._waiting.get(pk)
         if held is None:  # damaged: nothing to join with
-            self._draft.open.remove(waiting)
+            self._draft.forget(waiting)
             return
         done = answered(held[1], message)
         self._draft.count(held[1], done)
@@ -338,35 +361,96 @@ class Round:
         self._draft.touch(self._all.now())
         return changed
 
-    async def _remove(self, number: int, id_: str) -> bool:
+    async def _remove(self, item: Remove) -> Rewritten:
         every = self._all
+        found = await doomed(every, self._part, self._session_id, item, self._parent.stat.last)
+        again = item.places is None and len(found) >= item.most
+        behind: int | None = None
+        if item.places is None:
+            behind = found[-1][1].number if again else item.after + 1 if item.after else 0
+        gone = await self._take_out(found, behind)
+        if found or gone:
+            self._draft.touch(every.now())
+        return Rewritten(len(found), again=again)
+
+    async def _take_out(self, removed: Sequence[StoredMessage], behind: int | None = None) -> list[StoredCall]:
+        """Remove messages and what follows from that; return the calls that went with them."""
+        every = self._all
+        gone, waiting = await followers(every, self._part, removed, behind)
         writer, known = await self._using(every.messages)
-        pk = f"{self._part}!{keys.encode(number)}"
-        [entry] = await self._store._entries([every.message_prefix + pk])
-        if entry is None:
-            return False
-        message = writer._codec.decode(entry.key, entry.value)
-        if message.id != id_:  # of another session that took this one's id
-            return False
-        await writer.index_ops(self._ops, known, pk, entry, None, None, {})
-        self._puts.append(writer.deletion(entry))
-        self._draft.remove(message)
-        call_writer, call_known = await self._using(every.tool_calls)
-        async for call_entry in every.calls_of(self._part, number, number):
-            call = call_writer._codec.decode(call_entry.key, call_entry.value)
-            call_pk = call_entry.key[len(every.call_prefix) :]
-            await call_writer.index_ops(self._ops, call_known, call_pk, call_entry, None, None, {})
-            self._puts.append(call_writer.deletion(call_entry))
+        for entry, message in removed:
+            await writer.index_ops(self._ops, known, entry.key[len(every.message_prefix) :], entry, None, None, {})
+            self._puts.append(writer.deletion(entry))
+            self._draft.remove(message)
+        if gone or waiting:
+            await self._drop_calls(gone)
+            now = every.now()
+            for entry, call in waiting:
+                asked = unanswered(call, now)
+                self._calls[entry.key[len(every.call_prefix) :]] = entry, asked
+                self._draft.count(call, asked)
+        return gone
+
+    async def _drop_calls(self, gone: Sequence[StoredCall]) -> None:
+        every = self._all
+        writer, known = await self._using(every.tool_calls)
+        for entry, call in gone:
+            await writer.index_ops(self._ops, known, entry.key[len(every.call_prefix) :], entry, None, None, {})
+            self._puts.append(writer.deletion(entry))
             self._draft.count(call, None)
-        if message.role == "tool" and message.tool_call_id is not None:
-            async for call_entry in every.calls_of(self._part, 0, number - 1):
-                call = call_writer._codec.decode(call_entry.key, call_entry.value)
-                if call.result_number == number:  # it waits again
-                    asked = unanswered(call)
-                    self._calls[call_entry.key[len(every.call_prefix) :]] = call_entry, asked
-                    self._draft.count(call, asked)
+
+    async def _replace(self, item: Replace) -> Rewritten:
+        every = self._all
+        plan = await planned(every, self._part, item)
+        if not (plan.remove or plan.edit or plan.append):
+            return Rewritten(0, plan.stands, plan.again)
+        gone = await self._take_out(plan.remove)
+        writer, known = await self._using(every.messages)
+        for entry, changed in plan.edit:
+            self._puts.append(Put(entry.key, writer.encoded(entry.key, changed, entry, known), entry.version))
+            pk = entry.key[len(every.message_prefix) :]
+            await writer.index_ops(self._ops, known, pk, entry, changed, None, self._orphans)
+        if plan.append:
+            await self._read_waiting(plan.append)
+            by_number: dict[int, list[ToolCall]] = {}
+            for _, call in gone:
+                by_number.setdefault(call.number, []).append(call)
+            moved = {message.id: by_number.get(message.number, []) for _, message in plan.remove}
+            await self._turn(plan.append, moved)
         self._draft.touch(every.now())
-        return True
+        return Rewritten(len(plan.remove), [*plan.stands, *plan.append], plan.again)
+
+    def _carried(
+        self,
+        messages: Sequence[Message],
+        made: Sequence[tuple[str, ToolCall]],
+        moved: Mapping[str, Sequence[ToolCall]],
+    ) -> list[tuple[str, ToolCall]]:
+        """Give new calls what is known of those they were, and bring along calls that were recorded beside them."""
+        fresh = iter(made)
+        calls: list[tuple[str, ToolCall]] = []
+        for message in messages:
+            old = {call.position: call for call in moved.get(message.id, ())}
+            for pk, call in islice(fresh, len(message.tool_calls or ())):
+                calls.append((pk, carried(call, old.get(call.position))))
+            for call in _recorded(message, moved.get(message.id, ())):
+                pk = self._call_pk(message.number, call.position)
+                calls.append((pk, carried(msgspec.structs.replace(call, number=message.number), call)))
+        return calls
+
+    async def _replace_calls(self, item: ReplaceCalls) -> Rewritten:
+        every = self._all
+        plan = await planned_calls(every, self._part, item)
+        await self._drop_calls(plan.remove)
+        for entry, call in plan.put:
+            pk = self._call_pk(call.number, call.position)
+            every.tool_calls._codec.encode(pk, call)  # what cannot be kept fails here
+            self._calls[pk] = entry, call
+            before = None if entry is None else every.tool_calls._codec.decode(entry.key, entry.value)
+            self._draft.count(before, call)
+        if plan.remove or plan.put:
+            self._draft.touch(every.now())
+        return Rewritten(len(plan.remove), again=plan.again)
 
     async def _begin(self, call: ToolCall, place: tuple[int, int] | None) -> ToolCall:
         every = self._all
@@ -396,6 +480,19 @@ class Round:
         self._draft.touch(done.completed_at)
         return done
 
+    async def _edit_call(self, item: EditCall) -> ToolCall | None:
+        every = self._all
+        pk = self._call_pk(item.number, item.position)
+        [entry] = await self._store._entries([every.call_prefix + pk])
+        if entry is None:
+            return None
+        codec, now = every.tool_calls._codec, every.now()
+        changed = edited_call(item, codec, entry, now)
+        self._calls[pk] = entry, changed
+        self._draft.count(codec.decode(entry.key, entry.value), changed)
+        self._draft.touch(now)
+        return changed
+
     async def _edit_session(self, item: EditSession) -> Session:
         every = self._all
         writer, known = await self._using(every.sessions)
@@ -410,13 +507,17 @@ class Round:
         await writer.index_ops(self._ops, known, self._part, entry, stored, None, self._orphans)
         return changed
 
-    async def _kill(self, guard: Check | None) -> bool:
+    async def _kill(self, item: Kill) -> bool:
         every, parent = self._all, self._parent
-        if guard is not None:
-            self._checks[guard.key] = guard
-            self._claims[guard.key] = 0  # it shares no round with others
+        if item.before is not None and parent.stat.updated_at >= item.before:
+            return False
+        if item.guard is not None:
+            self._checks[item.guard.key] = item.guard
+            self._claims[item.guard.key] = 0  # it shares no round with others
         writer, known = await self._using(every.sessions)
         [entry] = await self._store._entries([every.session_prefix + self._part])
+        if item.closed and entry is not None and writer._codec.decode(entry.key, entry.value).active:
+            return False
         if entry is not None:
             try:
                 await writer.index_ops(self._ops, known, self._part, entry, None, None, {})
@@ -442,6 +543,12 @@ class Round:
 
     def _call_pk(self, number: int, position: int) -> str:
         return f"{self._part}!{keys.encode(number)}!{keys.encode(position)}"
+
+
+def _recorded(message: Message, calls: Sequence[ToolCall]) -> list[ToolCall]:
+    """Those of a message's calls that it does not ask for."""
+    asked = len(message.tool_calls or ())
+    return [call for call in calls if call.position >= asked]
 
 
 def atomic_writer(repository: Repository[R]) -> AtomicWriter[R]:

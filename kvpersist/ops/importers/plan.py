@@ -51,21 +51,22 @@ __all__ = [
 ]
 
 RecordKind: TypeAlias = Literal[
-    "container",
-    "image",
-    "prototype",
-    "provider",
-    "agent",
+    "containers",
+    "images",
+    "prototypes",
+    "providers",
+    "agents",
     "todos",
-    "snapshot",
-    "window",
-    "compression",
-    "recovered_file",
+    "snapshots",
+    "windows",
+    "compressions",
+    "recovered_files",
     "media",
-    "trace",
-    "login_session",
-    "confirmation",
+    "traces",
+    "login_sessions",
+    "confirmations",
 ]
+"""An attribute of `Persistence`."""
 
 _NAMESPACE: Final = UUID("6b1d5f2e-8c1f-5b1e-9a64-0c6d3c0a7f11")  # of the ids made here; never changed
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -114,12 +115,17 @@ class Conversation(Struct, kw_only=True):
 
 
 class Record(Struct, kw_only=True):
-    """A record of another kind; ``value`` has the fields of ours."""
+    """A record of another kind, as the store will hold it.
+
+    Attributes:
+        kind: which of the persistence's attributes keeps it, such as ``containers``.
+        secret: of a provider, in clear; it is stored only if that is asked for, and then encrypted.
+    """
 
     place: str
     kind: RecordKind
-    id: str
-    value: dict[str, Any]
+    record: Any
+    secret: str | None = None
 
 
 class Events(Struct, kw_only=True):

@@ -24,6 +24,7 @@ from kvpersist.agents.persistence import Persistence
 from kvpersist.agents.records import ROLES, Message, Session
 from kvpersist.errors import BadRequest, Conflict, MalformedRecord, ParentGone, Unencodable, UniqueConflict
 from kvpersist.ops.chat_formats import to_json
+from kvpersist.ops.importers.calls import complete_calls, missing_calls
 from kvpersist.ops.importers.plan import (
     ConsumerPosition,
     Conversation,
@@ -34,6 +35,7 @@ from kvpersist.ops.importers.plan import (
     id_for,
     made_id,
 )
+from kvpersist.ops.importers.records import Records
 from kvpersist.ops.importers.topics import Topics
 from kvpersist.ops.progress import OnProgress, Progress
 
@@ -118,6 +120,7 @@ async def import_from(
     source: Source,
     *,
     user: str | None = None,
+    secrets: str | None = None,
     dry_run: bool = False,
     on_error: Literal["skip", "stop"] = "skip",
     progress: OnProgress | None = None,
@@ -128,6 +131,9 @@ async def import_from(
         db: where it goes.
         source: what `kvpersist.ops.importers.open_source` returned; it is only read.
         user: who the sessions belong to that name nobody.
+        secrets: what becomes of keys that the source holds in clear. None: they are left out, and reported;
+            "encrypt": stored encrypted; "env:NAME": the variable NAME is referred to instead, in which ``{id}``
+            stands for the record's id in capitals.
         dry_run: read everything, write nothing, and report what would be done.
         on_error: "skip" leaves out a row that cannot be imported and reports it; "stop" ends there.
         progress: is told after each item.
@@ -137,7 +143,8 @@ async def import_from(
         BadOption, BadRequest: the source is not what it is said to be.
         Unavailable, CommitUnknown: import again to go on.
     """
-    run = _Run(db, source, user=user, dry_run=dry_run, stops=on_error == "stop", progress=progress)
+    records = Records(db, secrets=secrets, dry_run=dry_run)
+    run = _Run(db, source, records, user=user, dry_run=dry_run, stops=on_error == "stop", progress=progress)
     await run.write()
     if not dry_run:
         await run.verify()
@@ -151,6 +158,7 @@ class _Run:
         self,
         db: Persistence,
         source: Source,
+        records: Records,
         *,
         user: str | None,
         dry_run: bool,
@@ -159,6 +167,7 @@ class _Run:
     ) -> None:
         self.report = SystemImport(source=source.shown, system=source.system, dry_run=dry_run)
         self._db, self._source, self._user, self._dry_run, self._stops = db, source, user, dry_run, stops
+        self._records = records
         self._progress, self._done = progress, 0
         limits = db.store.capabilities
         most = limits.max_batch
@@ -221,7 +230,7 @@ class _Run:
             added = len(messages) - there
         else:
             added = await self._append(conversation.place, id_, messages, there)
-            await self._calls(conversation, id_, messages)
+            await complete_calls(self._db, id_, conversation, len(messages))
         self.report.messages += added
         if created:
             self.report.sessions += 1
@@ -343,12 +352,15 @@ class _Run:
             messages[index] = msgspec.structs.replace(message, id=own, extra=extra)
         return any_taken
 
-    async def _calls(self, conversation: Conversation, session_id: str, messages: Sequence[Message]) -> None:
-        """Complete calls by what the source knows of them beside the messages."""
-
     async def _record(self, record: Record) -> None:
-        reason = f"this store keeps no records of kind {record.kind!r} yet"
-        self.problem(Problem(place=record.place, reason=reason))
+        outcome = await self._records.add(record, self.problem)
+        if outcome == "created":
+            self.report.records[record.kind] = self.report.records.get(record.kind, 0) + 1
+        elif outcome == "present":
+            self.report.records_present += 1
+        elif outcome == "differing":
+            self.report.differing.append(record.place)
+            self.problem(Problem(place=record.place, reason="the store has another of this id: it was left as it is"))
 
     async def _events(self, events: Events) -> None:
         self.report.events += await self._topics.add(events, self.problem)
@@ -363,12 +375,21 @@ class _Run:
         self._silent = True
         self._topics = Topics(self._db.events, dry_run=True)
         found = self.report.verified = Verified()
+        left_out = {problem.place for problem in self.report.problems if problem.left_out}
         async for item in self._source.items():
             if isinstance(item, Conversation):
                 check = await self._checked(item)
                 found.sessions.append(check)
                 if not check.equal:
                     found.different.append(check.id)
+                missing = await missing_calls(self._db, check.id, item)
+                found.records += len(item.calls) - len(missing)
+                found.missing_records += missing
+            elif isinstance(item, Record):
+                if await self._records.holds(item):
+                    found.records += 1
+                elif item.place not in left_out:
+                    found.missing_records.append(item.place)
             elif isinstance(item, Events):
                 missing = await self._topics.missing(item)
                 found.records += len(item.events) - missing

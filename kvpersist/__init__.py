@@ -10,9 +10,17 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from kvpersist.agents.confirmations import Confirmation
+    from kvpersist.agents.containers import Container
+    from kvpersist.agents.images import Image
+    from kvpersist.agents.login_sessions import LoginSession
     from kvpersist.agents.persistence import Persistence
     from kvpersist.agents.persistence import open as open
+    from kvpersist.agents.prototypes import Prototype
+    from kvpersist.agents.providers import Provider
     from kvpersist.agents.records import Message, Session, TimelineItem, ToolCall, ToolCallPart
+    from kvpersist.agents.secrets import new_secret_key
+    from kvpersist.agents.traces import TokenUsage, Trace
     from kvpersist.changes import Change, Watch
     from kvpersist.errors import CommitUnknown, Conflict, EventsExpired, KvError, LeaseLost, Locked, Unavailable
     from kvpersist.events import EventEntry, EventQueue, NewEvent
@@ -27,11 +35,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Change",
     "CommitUnknown",
+    "Confirmation",
     "Conflict",
+    "Container",
     "EventEntry",
     "EventQueue",
     "EventsExpired",
     "Holder",
+    "Image",
     "Index",
     "Info",
     "KvError",
@@ -40,16 +51,21 @@ __all__ = [
     "Lock",
     "Locked",
     "Log",
+    "LoginSession",
     "Message",
     "NewEvent",
     "Page",
     "Persistence",
+    "Prototype",
+    "Provider",
     "Repository",
     "Session",
     "Store",
     "TimelineItem",
+    "TokenUsage",
     "ToolCall",
     "ToolCallPart",
+    "Trace",
     "Transaction",
     "Unavailable",
     "Versioned",
@@ -58,6 +74,7 @@ __all__ = [
     "at_least",
     "at_most",
     "between",
+    "new_secret_key",
     "open_store",
     "open_store_sync",
     "open_sync",
@@ -66,6 +83,17 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES: Final = {
+    "kvpersist.agents.confirmations": ("Confirmation",),
+    "kvpersist.agents.containers": ("Container",),
+    "kvpersist.agents.images": ("Image",),
+    "kvpersist.agents.login_sessions": ("LoginSession",),
+    "kvpersist.agents.prototypes": ("Prototype",),
+    "kvpersist.agents.providers": ("Provider",),
+    "kvpersist.agents.secrets": ("new_secret_key",),
+    "kvpersist.agents.traces": (
+        "TokenUsage",
+        "Trace",
+    ),
     "kvpersist.agents.persistence": ("Persistence", "open"),
     "kvpersist.agents.records": ("Message", "Session", "TimelineItem", "ToolCall", "ToolCallPart"),
     "kvpersist.changes": ("Change", "Watch"),

@@ -435,6 +435,9 @@ class Records(Generic[R]):
             As `create`, but for UniqueConflict of the id.
         """
         self._refuse_type(record)
+        record = self._named(record)
+        if "id" in self._key and not cast("Any", record).id:
+            return await self.create(record)
         await self._family.own()
         pk = self.repository._pk_of(record)
         for attempt in range(_ATTEMPTS):
@@ -521,9 +524,9 @@ class Records(Generic[R]):
 
     def _new(self, record: R) -> R:
         """Return a copy with its id and its times."""
-        made: Any = msgspec.structs.replace(record)
+        made: Any = self._named(record)
         if "id" in self._key:
-            made.id = str(made.id) if made.id else new_id()
+            made.id = made.id or new_id()
         has_created, has_updated = self._has_times
         if has_created:
             made.created_at = self._family.now() if made.created_at is None else utc(made.created_at, "created_at")
@@ -535,7 +538,7 @@ class Records(Generic[R]):
 
     def _renewed(self, record: R, before: R) -> R:
         """Return a copy with the times of a record that takes the place of ``before``."""
-        made: Any = msgspec.structs.replace(record)
+        made: Any = self._named(record)
         old: Any = before
         has_created, has_updated = self._has_times
         if has_created:
@@ -547,6 +550,14 @@ class Records(Generic[R]):
             else:
                 made.updated_at = utc(given, "updated_at")
         self._check(made)
+        return made
+
+    def _named(self, record: R) -> R:
+        """Return a copy in which ids are text."""
+        made: Any = msgspec.structs.replace(record)
+        for field in (*self._key, *(each.field for each in self._belongs)):
+            if isinstance(getattr(made, field), UUID):
+                setattr(made, field, str(getattr(made, field)))
         return made
 
     def _check(self, record: R) -> None:

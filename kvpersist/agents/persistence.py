@@ -14,18 +14,26 @@ from msgspec import UNSET, UnsetType
 from kvpersist import keys
 from kvpersist.agents.agents import AgentParents, Agents
 from kvpersist.agents.collections import Collections
+from kvpersist.agents.confirmations import Confirmations
+from kvpersist.agents.containers import Containers
 from kvpersist.agents.family import Belongs, Family
 from kvpersist.agents.forks import AgentForks, topic_cascade
 from kvpersist.agents.history import Compressions, RecoveredFiles, Windows
+from kvpersist.agents.images import Images
+from kvpersist.agents.login_sessions import LoginSessions
 from kvpersist.agents.media import MediaCache
 from kvpersist.agents.messages import Messages
 from kvpersist.agents.ordered import OrderedTurns
+from kvpersist.agents.prototypes import Prototypes
+from kvpersist.agents.providers import Providers
 from kvpersist.agents.records import Message, Session, Stats, TimelineItem, ToolCall
+from kvpersist.agents.secrets import SecretKey, Secrets
 from kvpersist.agents.sessions import Sessions
 from kvpersist.agents.snapshots import Snapshots
 from kvpersist.agents.stat import tool_stats
 from kvpersist.agents.todos import Todos
 from kvpersist.agents.tool_calls import ToolCalls
+from kvpersist.agents.traces import Traces
 from kvpersist.agents.turns import Turns
 from kvpersist.driver import Clock, Driver
 from kvpersist.errors import BadOption, ReadOnly
@@ -45,7 +53,7 @@ __all__ = ["Persistence", "open"]
 R = TypeVar("R")
 
 _PAGE = 500  # stats read at once
-_ARGUMENTS = ("namespace", "session_indexes", "message_indexes", "tool_call_indexes", "events", "clock")  # of `open`
+_ARGUMENTS = ("namespace", "session_indexes", "message_indexes", "tool_call_indexes", "events", "secret_key", "clock")
 _COLLECTIONS = frozenset(("session", "message", "tool_call", *COLLECTIONS))
 
 
@@ -55,6 +63,9 @@ class Persistence:
     Attributes:
         store: plain keys beside the records, in namespaces of their own.
         sessions, messages, tool_calls: the records of conversations.
+        confirmations, traces: what belongs to sessions, too.
+        containers, images, prototypes, providers: what sessions are made in, and of.
+        login_sessions: who is logged in.
         agents, todos, snapshots, windows, compressions, recovered_files, media: agents and their state.
         events: the topics, an `EventQueue`.
     """
@@ -68,6 +79,7 @@ class Persistence:
         message_indexes: Iterable[Index] = (),
         tool_call_indexes: Iterable[Index] = (),
         events: Mapping[str, Any] | None = None,
+        secret_key: SecretKey | None = None,
         owns_store: bool = False,
     ) -> None:
         require_sequences(store, "persistence of sessions")
@@ -81,8 +93,10 @@ class Persistence:
             namespace=namespace,
             indexes=[
                 Index("user_id", order_by="-created_at"),
-                Index(order_by="-created_at"),
                 Index("agent_id", order_by="-created_at"),
+                Index("container_id", order_by="-created_at"),
+                Index("image_id", order_by="-created_at"),
+                Index(order_by="-created_at"),
                 *_own(session_indexes),
             ],
         )
@@ -113,9 +127,19 @@ class Persistence:
         self.sessions = Sessions(self._all, turns)
         self.messages = Messages(self._all, turns)
         self.tool_calls = ToolCalls(self._all, turns)
+        self.confirmations = Confirmations(self._family, self._all.births)
+        self.traces = Traces(self._family, self._all.births)
+        self.login_sessions = LoginSessions(self._family)
+        self.containers = Containers(self._family)
+        containers = self.containers.births
+        self.images = Images(self._family, containers)
+        self.prototypes = Prototypes(self._family, containers)
+        self.providers = Providers(self._family, containers, Secrets(secret_key))
+        self.sessions._belong(Belongs("container_id", containers))
+        self.sessions._belong(Belongs("image_id", self.images.births, cascade=False))
         self.events = EventQueue(store, namespace=namespace, **(events or {}))
         agents = AgentParents(self._family)
-        self.sessions.belong(Belongs("agent_id", agents.births, optional=True))
+        self.sessions._belong(Belongs("agent_id", agents.births, optional=True))
         agents.births.also(topic_cascade(self.events, store))
         self.todos = Todos(self._family, agents.births)
         self.snapshots = Snapshots(self._family, agents.births, self.sessions, self.messages)
@@ -166,7 +190,7 @@ class Persistence:
         return await self.store.transact(fn, attempts=attempts)
 
     async def reindex(self, progress: Callable[[int], None] | None = None) -> dict[str, Reindexed]:
-        """Build the indexes of sessions, messages and calls that were declared over records already there.
+        """Build the indexes of the agent's collections that were declared over records already there.
 
         Online and resumable, as `Repository.reindex`; returns what was done, by collection.
         """
@@ -262,6 +286,7 @@ def open(
     message_indexes: Iterable[Index] = (),
     tool_call_indexes: Iterable[Index] = (),
     events: Mapping[str, Any] | None = None,
+    secret_key: SecretKey | None = None,
     codec: Literal["msgpack", "json"] | None = None,
     ttl: float | None | UnsetType = UNSET,
     timeout: float | None | UnsetType = UNSET,
@@ -280,6 +305,8 @@ def open(
         namespace: a tenant or application; namespaces of one store do not see each other.
         session_indexes, message_indexes, tool_call_indexes: indexes beyond the usual ones.
         events: settings of ``db.events``, such as ``{"retention": 7 * 86_400}``, as for `EventQueue`.
+        secret_key: encrypts the secrets of ``db.providers``: 32 bytes or their base64, or several, of which
+            the first encrypts and all decrypt. None: as the variable ``KVPERSIST_SECRET_KEY`` says.
         codec, ttl, timeout, clock, sweep: as for `open_store`. ``ttl`` is for plain keys, and for
             repositories of your own: sessions and what belongs to them do not expire.
         options: the driver's, as for `open_store`.
@@ -302,6 +329,7 @@ def open(
                 message_indexes=message_indexes,
                 tool_call_indexes=tool_call_indexes,
                 events=events,
+                secret_key=secret_key,
                 owns_store=owns,
             )
             await db._all.own()  # before a plain write can put something between the records

@@ -113,7 +113,7 @@ class Sessions:
         await self._all.own()
         return await self._delete(str(id), None)
 
-    def belong(self, belongs: Belongs) -> None:
+    def _belong(self, belongs: Belongs) -> None:
         """Let a field of sessions name what they belong to."""
         self._all.belongs.append(belongs)
         if belongs.cascade:

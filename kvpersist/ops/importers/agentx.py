@@ -25,13 +25,12 @@ from kvpersist.errors import BadRequest
 from kvpersist.ops.importers.agentx_messages import message_of
 from kvpersist.ops.importers.agentx_places import Place, normal, open_place
 from kvpersist.ops.importers.agentx_queue import AgentxQueue
+from kvpersist.ops.importers.agentx_records import SHELVES, record_of
 from kvpersist.ops.importers.plan import (
     Bad,
     Conversation,
     Item,
     Problem,
-    Record,
-    RecordKind,
     Source,
     id_for,
     json_value,
@@ -48,13 +47,7 @@ __all__ = ["open_agentx"]
 
 _SYSTEM: Final = "agentx"
 _PAGE: Final = 200  # records read at once
-_RECORDS: Final[tuple[tuple[str, RecordKind, str], ...]] = (
-    ("containers", "container", "containerId"),
-    ("images", "image", "imageId"),
-    ("prototypes", "prototype", "prototypeId"),
-    ("llm-providers", "provider", "id"),
-)
-_SHELVES: Final = (*(shelf for shelf, _, _ in _RECORDS), "sessions", "messages")
+_SHELVES: Final = (*(shelf.name for shelf in SHELVES), "sessions", "messages")
 _DERIVED: Final = ("idx",)  # made from the records: ours makes its own
 
 
@@ -238,10 +231,10 @@ class _Store(Source):
 
     async def items(self) -> AsyncIterator[Item]:
         shelves = self._shelves
-        for shelf, kind, id_field in _RECORDS:
-            async for place, named, value in shelves.records(shelf):
+        for shelf in SHELVES:
+            async for place, named, value in shelves.records(shelf.name):
                 try:
-                    yield _record(place, kind, id_field, named, value)
+                    yield record_of(place, shelf, _row(value, shelf.id_field, named))
                 except Bad as error:
                     yield Problem(place=place, reason=str(error))
         async for place, named, value in shelves.records("sessions"):
@@ -276,18 +269,6 @@ def _row(value: Any, id_field: str, named: str | None) -> dict[str, Any]:
     if named is not None and normal(id_) != named:
         raise Bad(f"its {id_field} is {id_!r}, which does not belong under this key")
     return {**row, id_field: id_}
-
-
-def _record(place: str, kind: RecordKind, id_field: str, named: str | None, value: Any) -> Record:
-    row = _row(value, id_field, named)
-    id_, foreign = id_for(row[id_field], kind)
-    times = {"created_at": moment_of(row.get("createdAt"), "createdAt")}
-    times["updated_at"] = moment_of(row.get("updatedAt"), "updatedAt")
-    rest = {name: value for name, value in row.items() if name not in (id_field, "createdAt", "updatedAt")}
-    for name in ("containerId", "sessionId", "parentImageId", "prototypeId"):
-        if (text := text_or_none(rest.get(name), name)) is not None:
-            rest[name] = id_for(text, name.removesuffix("Id").lower())[0]
-    return Record(place=place, kind=kind, id=id_, value={**rest, **times, "external_id": foreign})
 
 
 def _conversation(place: str, at: str, row: Mapping[str, Any], value: Any) -> Conversation:

@@ -79,9 +79,7 @@ async def _numbers(db: Persistence, session_id: str, count: int) -> list[int]:
     return numbers
 
 
-def _place(
-    record: CallRecord, numbers: list[int], stored: dict[tuple[int, int], ToolCall]
-) -> tuple[int, int] | None:
+def _place(record: CallRecord, numbers: list[int], stored: dict[tuple[int, int], ToolCall]) -> tuple[int, int] | None:
     """Where the call is, or belongs; None: no message asks for it, and it is not there yet."""
     if record.asked_by is not None and record.asked_by < len(numbers):
         return numbers[record.asked_by], record.position

@@ -10,8 +10,9 @@ from typing import Any, Final, Literal, TypeAlias
 import msgspec
 
 from kvpersist.agents.persistence import Persistence
+from kvpersist.agents.providers import Provider
 from kvpersist.errors import BadOption, BadRequest, Conflict, ParentGone, UniqueConflict
-from kvpersist.ops.importers.plan import Problem, Record
+from kvpersist.ops.importers.plan import Problem, Record, object_or_none
 
 __all__ = ["Outcome", "Records"]
 
@@ -117,9 +118,11 @@ class Records:
             await self._repository(item).set_secret(stored.id, item.secret)
         else:
             reference = self._reference(stored.id)
-            await self._repository(item).update(
-                stored.id, lambda old: msgspec.structs.replace(old, secret_ref=reference, updated_at=old.updated_at)
-            )
+
+            def named(old: Provider) -> Provider:
+                return msgspec.structs.replace(old, secret_ref=reference, updated_at=old.updated_at)
+
+            await self._db.providers.update(stored.id, named)
 
     def _tell_secret(self, item: Record, problem: Callable[[Problem], None]) -> None:
         if item.secret is not None and self._secrets is None:
@@ -136,14 +139,14 @@ class Records:
 
 def _equal(wanted: Any, stored: Any) -> bool:
     """Whether a stored record says everything that the source's does."""
-    metadata = getattr(stored, "metadata", None)
-    missing: dict[str, Any] = metadata.get("missing", {}) if isinstance(metadata, dict) else {}
+    metadata = object_or_none(getattr(stored, "metadata", None)) or {}
+    missing = object_or_none(metadata.get("missing")) or {}
     for name in wanted.__struct_fields__:
         value, found = getattr(wanted, name), getattr(stored, name)
         if value is None or name in _OURS:
             continue
-        if name == "metadata" and isinstance(found, dict):
-            found = {key: found[key] for key in found if key != "missing" or key in value}
+        if name == "metadata":
+            found = {key: metadata[key] for key in metadata if key != "missing" or key in value}
         if _text(value) != _text(found) and not (found is None and missing.get(name) == value):
             return False
     return True

@@ -22,6 +22,27 @@ def fingerprint(folder: Path) -> dict[str, str]:
     }
 
 
+OTHERS = (
+    "containers",
+    "images",
+    "prototypes",
+    "providers",
+    "login_sessions",
+    "traces",
+    "confirmations",
+    "agents",
+    "snapshots",
+    "windows",
+    "compressions",
+    "recovered_files",
+    "media",
+)
+
+
+def _plain(record: Any) -> dict[str, Any]:
+    return {name: value for name, value in msgspec.to_builtins(record).items() if name != "sealed"}
+
+
 async def everything(db: Persistence) -> dict[str, Any]:
     """All records, by kind and key, without what differs from one run to the next."""
     sessions = {session.id: msgspec.to_builtins(session) async for session in db.sessions.iterate()}
@@ -32,6 +53,11 @@ async def everything(db: Persistence) -> dict[str, Any]:
         "stats": {id_: msgspec.to_builtins(await db.sessions.stat(id_)) for id_ in sessions},
         "events": {},
     }
+    for name in OTHERS:
+        repository = getattr(db, name)
+        found[name] = [_plain(record) async for record in repository.iterate()]
+    for agent in found["agents"]:
+        found[f"todos of {agent['id']}"] = msgspec.to_builtins(await db.todos.get(agent["id"]))
     for topic in await db.events.topics():
         entries = await db.events.read(topic)
         events = [(entry.position, entry.cursor, entry.bookmark, entry.channel, entry.event) for entry in entries]

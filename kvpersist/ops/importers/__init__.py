@@ -30,6 +30,7 @@ __all__ = [
 
 SYSTEMS: Final = {
     "agentx": "agentx:open_agentx",
+    "kode": "kode:open_kode",
 }
 """By name, the reader: a module of this package and its function, loaded when it is asked for."""
 

@@ -6,6 +6,7 @@ nothing stands in its ``audit``. A call that no message asks for follows the las
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Final
 
@@ -22,22 +23,25 @@ _LONGEST: Final = 1_000  # calls of one batch
 _TIMES: Final = ("created_at", "started_at", "updated_at", "completed_at")
 
 
-async def complete_calls(db: Persistence, session_id: str, conversation: Conversation, messages: int) -> int:
-    """Bring the calls of a session, whose first ``messages`` are there, to what the source knows of them.
+async def complete_calls(db: Persistence, session_id: str, conversation: Conversation, indexes: Sequence[int]) -> int:
+    """Bring the calls of a session to what the source knows of them.
+
+    Args:
+        indexes: which messages of the source the session's first ones are.
 
     Returns:
         How many changed.
     """
     if not conversation.calls:
         return 0
-    numbers = await _numbers(db, session_id, messages)
+    numbers = dict(zip(indexes, await _numbers(db, session_id, len(indexes)), strict=False))
     stored = {(call.number, call.position): call for call in await db.tool_calls.of(session_id)}
     changed: dict[tuple[int, int], ToolCall] = {}
     taken = set(stored)
     for record in conversation.calls:
         place = _place(record, numbers, stored)
         if place is None:
-            last = numbers[-1] if numbers else 0
+            last = max(numbers.values(), default=0)
             place = last, 1 + max((position for number, position in taken if number == last), default=-1)
         elif place in stored and not _untouched(stored[place]):
             continue
@@ -79,9 +83,11 @@ async def _numbers(db: Persistence, session_id: str, count: int) -> list[int]:
     return numbers
 
 
-def _place(record: CallRecord, numbers: list[int], stored: dict[tuple[int, int], ToolCall]) -> tuple[int, int] | None:
+def _place(
+    record: CallRecord, numbers: dict[int, int], stored: dict[tuple[int, int], ToolCall]
+) -> tuple[int, int] | None:
     """Where the call is, or belongs; None: no message asks for it, and it is not there yet."""
-    if record.asked_by is not None and record.asked_by < len(numbers):
+    if record.asked_by is not None and record.asked_by in numbers:
         return numbers[record.asked_by], record.position
     named = record.call.call_id, record.call.name
     return next((place for place, call in stored.items() if (call.call_id, call.name) == named), None)

@@ -105,13 +105,18 @@ class CallRecord(Struct, kw_only=True):
 
 
 class Conversation(Struct, kw_only=True):
-    """A session with all its messages, in order; ids of messages are those of the source, or empty."""
+    """A session with all its messages, in order; ids of messages are those of the source, or empty.
+
+    ``resaved``: the source gives messages other ids and times whenever it saves them, so these do not
+    tell whether a stored message is the same.
+    """
 
     place: str
     session: Session
     messages: list[Message]
     calls: list[CallRecord] = []
     problems: list[Problem] = []
+    resaved: bool = False
 
 
 class Record(Struct, kw_only=True):

@@ -214,13 +214,13 @@ class _Run:
         created = stored is None
         if stored is None:
             if self._dry_run:
-                messages = self._placed(conversation, conversation.session)
+                messages, _ = self._placed(conversation, conversation.session)
                 self.report.sessions += 1
                 self.report.messages += len(messages)
                 return
             stored = await self._create(conversation)
-        messages = self._placed(conversation, stored)
-        there = 0 if created else await self._there(id_, messages)
+        messages, indexes = self._placed(conversation, stored)
+        there = 0 if created else await self._there(id_, messages, conversation.resaved)
         if there is None:
             self.report.differing.append(id_)
             reason = "the store has a session of this id with other messages: it was left as it is"
@@ -229,8 +229,8 @@ class _Run:
         if self._dry_run:
             added = len(messages) - there
         else:
-            added = await self._append(conversation.place, id_, messages, there)
-            await complete_calls(self._db, id_, conversation, len(messages))
+            added = await self._append(id_, messages, there, conversation.resaved)
+            await complete_calls(self._db, id_, conversation, indexes)
         self.report.messages += added
         if created:
             self.report.sessions += 1
@@ -271,9 +271,10 @@ class _Run:
                     raise
                 return found  # another process was faster
 
-    def _placed(self, conversation: Conversation, session: Session) -> list[Message]:
-        """The messages as they will be stored, without those that cannot be."""
+    def _placed(self, conversation: Conversation, session: Session) -> tuple[list[Message], list[int]]:
+        """The messages as they will be stored, without those that cannot be, and which of the source's they are."""
         placed: list[Message] = []
+        indexes: list[int] = []
         seen: set[str] = set()
         at = session.created_at
         for index, message in enumerate(conversation.messages):
@@ -301,24 +302,25 @@ class _Run:
                 self._left_out(conversation, index, foreign, f"unknown role {ready.role!r}")
                 continue
             placed.append(ready)
-        return placed
+            indexes.append(index)
+        return placed, indexes
 
     def _left_out(self, conversation: Conversation, index: int, foreign: str, reason: str) -> None:
         place = f"{conversation.place} message {foreign or index + 1}"
         self.problem(Problem(place=place, reason=reason))
 
-    async def _there(self, session_id: str, messages: Sequence[Message]) -> int | None:
+    async def _there(self, session_id: str, messages: Sequence[Message], resaved: bool) -> int | None:
         """How many of ``messages`` the session holds already; None: it holds others."""
         at = 0
         async for stored in self._db.messages.iterate(session_id):
             if at == len(messages):
                 return at  # it was gone on with here
-            if not _same(stored, messages[at]):
+            if _content(stored, resaved) != _content(messages[at], resaved):
                 return None
             at += 1
         return at
 
-    async def _append(self, place: str, session_id: str, messages: list[Message], there: int) -> int:
+    async def _append(self, session_id: str, messages: list[Message], there: int, resaved: bool) -> int:
         """Append what is behind the first ``there`` messages; return how many that were."""
         at = there
         while at < len(messages):
@@ -326,11 +328,11 @@ class _Run:
             try:
                 await self._db.messages.append_many(session_id, batch)
             except UniqueConflict:
-                if not await self._renamed(place, session_id, messages, at, len(batch)):
+                if not await self._renamed(session_id, messages, at, len(batch)):
                     raise
                 continue
             except Conflict:
-                now = await self._there(session_id, messages)
+                now = await self._there(session_id, messages, resaved)
                 if now is None or now <= at:
                     raise
                 at = now  # another process imports the same source: go on behind what it has written
@@ -338,7 +340,7 @@ class _Run:
             at += len(batch)
         return at - there
 
-    async def _renamed(self, place: str, session_id: str, messages: list[Message], start: int, count: int) -> bool:
+    async def _renamed(self, session_id: str, messages: list[Message], start: int, count: int) -> bool:
         """Give another id to messages whose id another session's message has; whether there were any."""
         any_taken = False
         for index in range(start, start + count):
@@ -400,15 +402,15 @@ class _Run:
     async def _checked(self, conversation: Conversation) -> SessionCheck:
         id_ = conversation.session.id
         session = await self._db.sessions.get(id_)
-        messages = self._placed(conversation, session or conversation.session)
+        messages, _ = self._placed(conversation, session or conversation.session)
         digest, stored_digest = hashlib.sha256(), hashlib.sha256()
         for message in messages:
-            digest.update(_content(message))
+            digest.update(_content(message, conversation.resaved))
         count = 0
         async for stored in self._db.messages.iterate(id_):
             if count == len(messages):
                 break  # it was gone on with here
-            stored_digest.update(_content(stored))
+            stored_digest.update(_content(stored, conversation.resaved))
             count += 1
         return SessionCheck(
             id=id_,
@@ -436,19 +438,12 @@ def _canonical(message: Message) -> bytes:
     return json.dumps(to_json(message), sort_keys=True).encode()
 
 
-def _content(message: Message) -> bytes:
+def _content(message: Message, resaved: bool) -> bytes:
     """What two messages have in common where one is the other, imported: all but the place, and a changed id."""
     extra = dict(message.extra or {})
     foreign = extra.pop("external_id", message.id)
-    return _canonical(
-        msgspec.structs.replace(
-            message, id=foreign, session_id="", number=0, extra=extra or None, partial=message.partial
-        )
-    )
-
-
-def _same(stored: Message, wanted: Message) -> bool:
-    return _content(stored) == _content(wanted)
+    loose: dict[str, Any] = {"id": "", "created_at": None} if resaved else {"id": foreign}
+    return _canonical(msgspec.structs.replace(message, session_id="", number=0, extra=extra or None, **loose))
 
 
 def _fitting(messages: Sequence[Message], start: int, most: int) -> list[Message]:

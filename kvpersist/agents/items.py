@@ -133,12 +133,15 @@ class Replace:
 
 
 class ReplaceCalls:
-    """Make a session's calls the given ones, by their places. Answered with a `Rewritten`."""
+    """Make a session's calls the given ones, by their places. Answered with a `Rewritten`.
 
-    __slots__ = ("calls", "most")
+    ``at``: when they changed, where that is not now: the times of an import are the source's.
+    """
 
-    def __init__(self, calls: dict[tuple[int, int], ToolCall], most: int) -> None:
-        self.calls, self.most = calls, most
+    __slots__ = ("at", "calls", "most")
+
+    def __init__(self, calls: dict[tuple[int, int], ToolCall], most: int, at: datetime | None = None) -> None:
+        self.calls, self.most, self.at = calls, most, at
 
 
 class Rewritten(NamedTuple):

@@ -481,7 +481,7 @@ class OrderedTurns:
             await ordered_writer(every.tool_calls).save(pk, call, old=entry)
             draft.count(before, call)
         if plan.remove or plan.put:
-            draft.touch(every.now())
+            draft.touch(item.at or every.now())
         return Rewritten(len(plan.remove), again=plan.again)
 
     async def _begin(self, part: str, draft: Draft, call: ToolCall) -> ToolCall:

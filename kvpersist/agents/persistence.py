@@ -28,6 +28,7 @@ from kvpersist.agents.history import Compressions, RecoveredFiles, Windows
 from kvpersist.agents.images import Images
 from kvpersist.agents.login_sessions import LoginSessions
 from kvpersist.agents.making import finish_makings
+from kvpersist.agents.forks import AgentForks, topic_cascade
 from kvpersist.agents.media import MediaCache
 from kvpersist.agents.messages import Messages
 from kvpersist.agents.ordered import OrderedTurns

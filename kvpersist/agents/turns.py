@@ -449,7 +449,7 @@ class Round:
             before = None if entry is None else every.tool_calls._codec.decode(entry.key, entry.value)
             self._draft.count(before, call)
         if plan.remove or plan.put:
-            self._draft.touch(every.now())
+            self._draft.touch(item.at or every.now())
         return Rewritten(len(plan.remove), again=plan.again)
 
     async def _begin(self, call: ToolCall, place: tuple[int, int] | None) -> ToolCall:

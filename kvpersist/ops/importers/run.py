@@ -1,0 +1,458 @@
+"""Bring what a reader yields into a store, so that doing it again changes nothing.
+
+**Going on.** Nothing is remembered beside the records: what is there already shows how far an import
+came. A session that holds the first messages of the source's goes on behind them; one that holds other
+messages is left as it is and reported. Events go on behind the last one there. So an import that was
+killed and run again ends in the same store as one that was not. Import one source once at a time.
+
+**Verifying.** Afterwards the source is read again, and each session's messages and calls are compared
+with the stored ones by count and by a digest of their contents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, Final, Literal
+
+import msgspec
+from msgspec import Struct
+
+from kvpersist.agents.persistence import Persistence
+from kvpersist.agents.records import ROLES, Message, Session
+from kvpersist.errors import BadRequest, Conflict, MalformedRecord, ParentGone, Unencodable, UniqueConflict
+from kvpersist.ops.chat_formats import to_json
+from kvpersist.ops.importers.calls import complete_calls, missing_calls
+from kvpersist.ops.importers.plan import (
+    ConsumerPosition,
+    Conversation,
+    Events,
+    Problem,
+    Record,
+    Source,
+    id_for,
+    made_id,
+)
+from kvpersist.ops.importers.records import Records
+from kvpersist.ops.importers.topics import Topics
+from kvpersist.ops.progress import OnProgress, Progress
+
+__all__ = ["SessionCheck", "SystemImport", "Verified", "import_from"]
+
+_MESSAGE_ID_BYTES: Final = 120  # of an encoded id: what an index entry holds whole
+_BATCH_MESSAGES: Final = 250
+_BATCH_BYTES: Final = 1 << 20  # of the messages' JSON
+_MESSAGE_OPS: Final = 8  # of a batch, for one message with a call: roughly
+_SPARE: Final = 4096  # bytes that framing and key may add to a value
+
+
+class SessionCheck(Struct, frozen=True, kw_only=True):
+    """A session of the source and the one in the store. ``digest`` is that of the source, in hex."""
+
+    id: str
+    messages: int
+    digest: str
+    stored_messages: int
+    stored_digest: str
+
+    @property
+    def equal(self) -> bool:
+        return (self.messages, self.digest) == (self.stored_messages, self.stored_digest)
+
+
+class Verified(Struct, kw_only=True):
+    """What comparing the source with the store has shown.
+
+    Attributes:
+        sessions: a check of each; ``different``: the ids of those that are not equal.
+        records, missing_records: of other kinds, how many are there, and the places of those that are not.
+    """
+
+    sessions: list[SessionCheck] = []
+    different: list[str] = []
+    records: int = 0
+    missing_records: list[str] = []
+
+
+class SystemImport(Struct, kw_only=True):
+    """What an import from another system did, or with ``dry_run`` would do.
+
+    Attributes:
+        sessions: how many were created; ``messages``: how many messages were added.
+        completed: sessions that an earlier import, or the source since then, left to be added to.
+        present: sessions that were there already, whole.
+        differing: sessions and records that are there with other contents: left as they are.
+        records: how many records of other kinds were created, by kind; ``records_present``: were there.
+        events, consumers: how many were added.
+        problems: what is not in the store as it is in the source, in its order.
+        first: the first session of the source, None if there is none.
+        verified: None with ``dry_run``.
+    """
+
+    source: str = ""
+    system: str = ""
+    dry_run: bool = False
+    sessions: int = 0
+    messages: int = 0
+    completed: int = 0
+    present: int = 0
+    differing: list[str] = []
+    records: dict[str, int] = {}
+    records_present: int = 0
+    events: int = 0
+    consumers: int = 0
+    problems: list[Problem] = []
+    first: str | None = None
+    verified: Verified | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the store now holds everything that the source does."""
+        lost = self.differing or any(problem.left_out for problem in self.problems)
+        checked = self.verified
+        return not (lost or (checked is not None and (checked.different or checked.missing_records)))
+
+
+async def import_from(
+    db: Persistence,
+    source: Source,
+    *,
+    user: str | None = None,
+    secrets: str | None = None,
+    dry_run: bool = False,
+    on_error: Literal["skip", "stop"] = "skip",
+    progress: OnProgress | None = None,
+) -> SystemImport:
+    """Import everything of a source that the store does not hold yet, and compare the two afterwards.
+
+    Args:
+        db: where it goes.
+        source: what `kvpersist.ops.importers.open_source` returned; it is only read.
+        user: who the sessions belong to that name nobody.
+        secrets: what becomes of keys that the source holds in clear. None: they are left out, and reported;
+            "encrypt": stored encrypted; "env:NAME": the variable NAME is referred to instead, in which ``{id}``
+            stands for the record's id in capitals.
+        dry_run: read everything, write nothing, and report what would be done.
+        on_error: "skip" leaves out a row that cannot be imported and reports it; "stop" ends there.
+        progress: is told after each item.
+
+    Raises:
+        MalformedRecord: a row cannot be imported, and ``on_error`` is "stop".
+        BadOption, BadRequest: the source is not what it is said to be.
+        Unavailable, CommitUnknown: import again to go on.
+    """
+    records = Records(db, secrets=secrets, dry_run=dry_run)
+    run = _Run(db, source, records, user=user, dry_run=dry_run, stops=on_error == "stop", progress=progress)
+    await run.write()
+    if not dry_run:
+        await run.verify()
+    if (reason := await source.changed()) is not None:
+        run.problem(Problem(place=source.shown, reason=f"{reason}: import again", left_out=False))
+    return run.report
+
+
+class _Run:
+    def __init__(
+        self,
+        db: Persistence,
+        source: Source,
+        records: Records,
+        *,
+        user: str | None,
+        dry_run: bool,
+        stops: bool,
+        progress: OnProgress | None,
+    ) -> None:
+        self.report = SystemImport(source=source.shown, system=source.system, dry_run=dry_run)
+        self._db, self._source, self._user, self._dry_run, self._stops = db, source, user, dry_run, stops
+        self._records = records
+        self._progress, self._done = progress, 0
+        limits = db.store.capabilities
+        most = limits.max_batch
+        self._batch = _BATCH_MESSAGES if most is None else max(1, min(_BATCH_MESSAGES, most // _MESSAGE_OPS))
+        largest = limits.max_value_bytes
+        self._largest = None if largest is None else max(1, largest - _SPARE)
+        self._topics = Topics(db.events, dry_run=dry_run)
+        self._now = datetime.now(UTC)
+        self._silent = False  # while verifying: problems were told of already
+
+    def problem(self, problem: Problem) -> None:
+        if self._silent:
+            return
+        if self._stops and problem.left_out:
+            raise MalformedRecord(self._source.shown, problem.place, "", problem.reason)
+        self.report.problems.append(problem)
+
+    # ---- writing
+
+    async def write(self) -> None:
+        total = await self._source.total()
+        async for item in self._source.items():
+            if isinstance(item, Problem):
+                self.problem(item)
+                continue
+            if isinstance(item, Conversation):
+                for problem in item.problems:
+                    self.problem(problem)
+                await self._conversation(item)
+            elif isinstance(item, Record):
+                await self._record(item)
+            elif isinstance(item, Events):
+                await self._events(item)
+            else:
+                await self._consumer(item)
+            self._done += 1
+            if self._progress is not None:
+                self._progress(Progress(self._done, total, "records", self._source.shown))
+
+    async def _conversation(self, conversation: Conversation) -> None:
+        id_ = conversation.session.id
+        self.report.first = self.report.first or id_
+        stored = await self._db.sessions.get(id_)
+        created = stored is None
+        if stored is None:
+            if self._dry_run:
+                messages, _ = self._placed(conversation, conversation.session)
+                self.report.sessions += 1
+                self.report.messages += len(messages)
+                return
+            stored = await self._create(conversation)
+        messages, indexes = self._placed(conversation, stored)
+        there = 0 if created else await self._there(id_, messages, conversation.resaved)
+        if there is None:
+            self.report.differing.append(id_)
+            reason = "the store has a session of this id with other messages: it was left as it is"
+            self.problem(Problem(place=conversation.place, reason=reason))
+            return
+        if self._dry_run:
+            added = len(messages) - there
+        else:
+            added = await self._append(id_, messages, there, conversation.resaved)
+            await complete_calls(self._db, id_, conversation, indexes)
+        self.report.messages += added
+        if created:
+            self.report.sessions += 1
+        elif added > 0:
+            self.report.completed += 1
+        else:
+            self.report.present += 1
+
+    async def _create(self, conversation: Conversation) -> Session:
+        """Create the session; what it names and is not there is kept as metadata, and reported."""
+        session = conversation.session
+        wanted = msgspec.structs.replace(session, user_id=session.user_id or self._user)
+        if wanted.created_at is None:  # all that is known, and the same when the import goes on
+            first = next((message.created_at for message in conversation.messages if message.created_at), None)
+            wanted.created_at = first or self._now
+        while True:
+            fields = {name: getattr(wanted, name) for name in wanted.__struct_fields__}
+            try:
+                return await self._db.sessions.create(**fields)
+            except ParentGone as error:
+                field = f"{error.kind}_id"
+                missing = getattr(wanted, field, None)
+                if missing is None:
+                    raise
+                self.problem(
+                    Problem(
+                        place=conversation.place,
+                        reason=f"it names the {error.kind} {missing!r}, which is not there: kept in metadata.missing",
+                        left_out=False,
+                    )
+                )
+                kept = {**wanted.metadata.get("missing", {}), field: missing}
+                metadata = {**wanted.metadata, "missing": kept}
+                wanted = msgspec.structs.replace(wanted, metadata=metadata, **{field: None})
+            except UniqueConflict:
+                found = await self._db.sessions.get(wanted.id)
+                if found is None:
+                    raise
+                return found  # another process was faster
+
+    def _placed(self, conversation: Conversation, session: Session) -> tuple[list[Message], list[int]]:
+        """The messages as they will be stored, without those that cannot be, and which of the source's they are."""
+        placed: list[Message] = []
+        indexes: list[int] = []
+        seen: set[str] = set()
+        at = session.created_at
+        for index, message in enumerate(conversation.messages):
+            at = message.created_at or at
+            foreign = message.id
+            if not foreign:
+                own, kept = made_id(session.id, len(placed) + 1), None
+            elif foreign in seen:
+                own, kept = made_id(session.id, len(placed) + 1, foreign), foreign
+            else:
+                own, kept = id_for(foreign, "message", _MESSAGE_ID_BYTES)
+            seen.add(foreign)
+            ready = _allowed(msgspec.structs.replace(message, id=own, created_at=at, session_id=""))
+            if kept is not None:
+                ready.extra = {**(ready.extra or {}), "external_id": kept}
+            try:
+                size = len(_canonical(ready))
+            except (Unencodable, BadRequest, ValueError) as error:
+                self._left_out(conversation, index, foreign, str(error))
+                continue
+            if self._largest is not None and size > self._largest:
+                self._left_out(conversation, index, foreign, f"{size} bytes are more than the store takes")
+                continue
+            if ready.role not in ROLES:
+                self._left_out(conversation, index, foreign, f"unknown role {ready.role!r}")
+                continue
+            placed.append(ready)
+            indexes.append(index)
+        return placed, indexes
+
+    def _left_out(self, conversation: Conversation, index: int, foreign: str, reason: str) -> None:
+        place = f"{conversation.place} message {foreign or index + 1}"
+        self.problem(Problem(place=place, reason=reason))
+
+    async def _there(self, session_id: str, messages: Sequence[Message], resaved: bool) -> int | None:
+        """How many of ``messages`` the session holds already; None: it holds others."""
+        at = 0
+        async for stored in self._db.messages.iterate(session_id):
+            if at == len(messages):
+                return at  # it was gone on with here
+            if _content(stored, resaved) != _content(messages[at], resaved):
+                return None
+            at += 1
+        return at
+
+    async def _append(self, session_id: str, messages: list[Message], there: int, resaved: bool) -> int:
+        """Append what is behind the first ``there`` messages; return how many that were."""
+        at = there
+        while at < len(messages):
+            batch = _fitting(messages, at, self._batch)
+            try:
+                await self._db.messages.append_many(session_id, batch)
+            except UniqueConflict:
+                if not await self._renamed(session_id, messages, at, len(batch)):
+                    raise
+                continue
+            except Conflict:
+                now = await self._there(session_id, messages, resaved)
+                if now is None or now <= at:
+                    raise
+                at = now  # another process imports the same source: go on behind what it has written
+                continue
+            at += len(batch)
+        return at - there
+
+    async def _renamed(self, session_id: str, messages: list[Message], start: int, count: int) -> bool:
+        """Give another id to messages whose id another session's message has; whether there were any."""
+        any_taken = False
+        for index in range(start, start + count):
+            message = messages[index]
+            holder = await self._db.messages.get(message.id)
+            if holder is None:
+                continue
+            any_taken = True
+            extra = {"external_id": message.id, **(message.extra or {})}
+            own = made_id(session_id, index + 1, message.id)
+            messages[index] = msgspec.structs.replace(message, id=own, extra=extra)
+        return any_taken
+
+    async def _record(self, record: Record) -> None:
+        outcome = await self._records.add(record, self.problem)
+        if outcome == "created":
+            self.report.records[record.kind] = self.report.records.get(record.kind, 0) + 1
+        elif outcome == "present":
+            self.report.records_present += 1
+        elif outcome == "differing":
+            self.report.differing.append(record.place)
+            self.problem(Problem(place=record.place, reason="the store has another of this id: it was left as it is"))
+
+    async def _events(self, events: Events) -> None:
+        self.report.events += await self._topics.add(events, self.problem)
+
+    async def _consumer(self, position: ConsumerPosition) -> None:
+        self.report.consumers += await self._topics.acknowledge(position, self.problem)
+
+    # ---- verifying
+
+    async def verify(self) -> None:
+        """Read the source again, and compare."""
+        self._silent = True
+        self._topics = Topics(self._db.events, dry_run=True)
+        found = self.report.verified = Verified()
+        left_out = {problem.place for problem in self.report.problems if problem.left_out}
+        async for item in self._source.items():
+            if isinstance(item, Conversation):
+                check = await self._checked(item)
+                found.sessions.append(check)
+                if not check.equal:
+                    found.different.append(check.id)
+                missing = await missing_calls(self._db, check.id, item)
+                found.records += len(item.calls) - len(missing)
+                found.missing_records += missing
+            elif isinstance(item, Record):
+                if await self._records.holds(item):
+                    found.records += 1
+                elif item.place not in left_out:
+                    found.missing_records.append(item.place)
+            elif isinstance(item, Events):
+                missing = await self._topics.missing(item)
+                found.records += len(item.events) - missing
+                if missing:
+                    found.missing_records.append(f"{item.place}: {missing} events")
+        self._silent = False
+
+    async def _checked(self, conversation: Conversation) -> SessionCheck:
+        id_ = conversation.session.id
+        session = await self._db.sessions.get(id_)
+        messages, _ = self._placed(conversation, session or conversation.session)
+        digest, stored_digest = hashlib.sha256(), hashlib.sha256()
+        for message in messages:
+            digest.update(_content(message, conversation.resaved))
+        count = 0
+        async for stored in self._db.messages.iterate(id_):
+            if count == len(messages):
+                break  # it was gone on with here
+            stored_digest.update(_content(stored, conversation.resaved))
+            count += 1
+        return SessionCheck(
+            id=id_,
+            messages=len(messages),
+            digest=digest.hexdigest(),
+            stored_messages=count,
+            stored_digest=stored_digest.hexdigest(),
+        )
+
+
+def _allowed(message: Message) -> Message:
+    """The message as our rules allow it: what has no place in a role's messages is kept in ``extra``."""
+    moved: dict[str, Any] = {}
+    if message.tool_calls and message.role != "assistant":
+        moved["tool_calls"] = [msgspec.to_builtins(call) for call in message.tool_calls]
+        message.tool_calls = None
+    if message.tool_call_id is not None and message.role != "tool":
+        moved["tool_call_id"], message.tool_call_id = message.tool_call_id, None
+    if moved:
+        message.extra = {**(message.extra or {}), **moved}
+    return message
+
+
+def _canonical(message: Message) -> bytes:
+    return json.dumps(to_json(message), sort_keys=True).encode()
+
+
+def _content(message: Message, resaved: bool) -> bytes:
+    """What two messages have in common where one is the other, imported: all but the place, and a changed id."""
+    extra = dict(message.extra or {})
+    foreign = extra.pop("external_id", message.id)
+    loose: dict[str, Any] = {"id": "", "created_at": None} if resaved else {"id": foreign}
+    return _canonical(msgspec.structs.replace(message, session_id="", number=0, extra=extra or None, **loose))
+
+
+def _fitting(messages: Sequence[Message], start: int, most: int) -> list[Message]:
+    """The next messages that go in as one batch: at least one."""
+    size = 0
+    batch: list[Message] = []
+    for message in messages[start : start + most]:
+        size += len(_canonical(message))
+        if batch and size > _BATCH_BYTES:
+            break
+        batch.append(message)
+    return batch

@@ -13,7 +13,6 @@ attempts``, done. ``x`` in either: a call was cancelled. ``NAME.done``: a produc
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import signal

@@ -167,13 +167,13 @@ async def tasks(work: list[Plan], **planted: Callable[..., Any]) -> Run:
 
 
 async def _begun_again(queue: EventQueue, plan: Plan, kills: list[str]) -> None:
+    task: asyncio.Task[None] | None = None
+
+    def die() -> None:
+        if task is not None:
+            task.cancel()
+
     while True:
-        task: asyncio.Task[None] | None = None
-
-        def die() -> None:
-            if task is not None:
-                task.cancel()
-
         task = asyncio.ensure_future(Worker(plan, queue, die, stops=False).run())
         try:
             await asyncio.wait([task])

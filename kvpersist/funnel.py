@@ -280,7 +280,7 @@ class Funnel(Generic[S, I, O]):
                 lane.state = None
                 if not (isinstance(error, KvError) and not self._atomic and built is not None and built.stands == 0):
                     raise
-            for call, answer in zip(calls, () if built is None else built.results, strict=True):
+            for call, answer in zip(calls, built.results, strict=True):
                 call.settle(answer)
             return
 

@@ -52,12 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="kvevents-") as folder:
         stores = [store.split("=", 1) for store in options.stores] or _stores(folder)
         head, run, size = (
-            (_PUBLISHED, _published, options.turns)
-            if options.what == "publish"
-            else (_SWEPT, _swept, options.events)
+            (_PUBLISHED, _published, options.turns) if options.what == "publish" else (_SWEPT, _swept, options.events)
         )
-        print(f"| {' | '.join(head)} |
-" + "|---" * len(head) + "|")
+        print(f"| {' | '.join(head)} |\n" + "|---" * len(head) + "|")
         for name, url in stores:
             asyncio.run(run(name, url, size))
     return 0
@@ -131,11 +128,9 @@ async def _swept(name: str, url: str, events: int) -> None:
         assert removed == events // 500 * 500 - _KEPT, removed
         assert (await queue.stats("t")).count == _KEPT + during
         await store.clear(f"{queue.namespace}:", raw=True)
-    grew = (peak - before) / 2**20
-    print(
-        f"| {name} | {removed + _KEPT:,} | {seconds:.1f} | {largest} | {grew:.1f} | {during:,} | {longest * 1000:.0f} |",
-        flush=True,
-    )
+    grew = f"{(peak - before) / 2**20:.1f}"
+    figures = [f"{removed + _KEPT:,}", f"{seconds:.1f}", str(largest), grew, f"{during:,}", f"{longest * 1000:.0f}"]
+    print(f"| {name} | {' | '.join(figures)} |", flush=True)
 
 
 def _queue(store: Store, **options: Any) -> EventQueue:

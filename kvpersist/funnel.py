@@ -107,6 +107,8 @@ class Funnel(Generic[S, I, O]):
         build: Callable[[str, S, list[I]], Awaitable[Built[S, O]]],
         *,
         lost: Callable[[str, Built[S, O], Conflict], Awaitable[tuple[int, KvError] | None]] | None = None,
+        partly: Callable[[str, Built[S, O], Sequence[I], Conflict], None] | None = None,
+        stand: Callable[[str, Built[S, O], Sequence[I]], Awaitable[bool]] | None = None,
         weigh: Callable[[I], int] | None = None,
         max_ops: int = _MAX_OPERATIONS,
         max_idle: int = _IDLE_PARENTS,
@@ -118,12 +120,18 @@ class Funnel(Generic[S, I, O]):
             build: makes one batch of some items; it may read. It must not change the state it is given.
             lost: is told of a conflict before the round is built again; it may name the item (by position)
                 that the conflict belongs to, and the error this item fails with.
+            partly: without atomic batches, is told which items a conflict cut in two, after some operations
+                of theirs; it may change them to what is left.
+            stand: is asked, after a conflict at the stat alone, whether the items stand; if not, it has changed
+                them to what is left, and the round is built again.
             weigh: about how many operations an item becomes; 1 where it is left out.
         """
         self._store = store
         self._load = load
         self._build = build
         self._lost = lost
+        self._partly = partly
+        self._stand = stand
         self._weigh = weigh
         self._max_ops = max_ops
         self._max_idle = max_idle
@@ -254,9 +262,14 @@ class Funnel(Generic[S, I, O]):
                 if blamed is not None:
                     calls.pop(blamed[0]).settle(blamed[1])
                     continue
-                if self._stands(built, conflict):
-                    await self._amend(parent, lane, built.amends if built is not None else ())
+                if built is not None and self._stands(built, conflict):
+                    items = [call.item for call in calls]
+                    if self._stand is not None and not await self._stand(parent, built, items):
+                        continue
+                    await self._amend(parent, lane, built.amends)
                 else:
+                    if built is not None and self._partly is not None and conflict.position > 0:
+                        self._partly(parent, built, [call.item for call in calls], conflict)
                     took = loop.time() - began
                     lane.polite_until, lane.scale = loop.time() + _POLITE, min(took, _LONGEST)
                     await _give_way(attempt, took)
@@ -267,12 +280,12 @@ class Funnel(Generic[S, I, O]):
                 lane.state = None
                 if not (isinstance(error, KvError) and not self._atomic and built is not None and built.stands == 0):
                     raise
-            for call, answer in zip(calls, () if built is None else built.results, strict=True):
+            for call, answer in zip(calls, built.results, strict=True):
                 call.settle(answer)
             return
 
-    def _stands(self, built: Built[S, O] | None, conflict: Conflict) -> bool:
-        return not self._atomic and built is not None and built.stands is not None and conflict.position >= built.stands
+    def _stands(self, built: Built[S, O], conflict: Conflict) -> bool:
+        return not self._atomic and built.stands is not None and conflict.position >= built.stands
 
     async def _amend(self, parent: str, lane: _Lane[S, I, O], amends: Sequence[I]) -> None:
         """Mend the stat of items that stand. Given up after some attempts: fsck counts again."""

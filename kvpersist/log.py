@@ -21,7 +21,7 @@ import msgspec
 from kvpersist import keys
 from kvpersist.codec import JSON, MSGPACK, RecordCodec, frame
 from kvpersist.driver import ABSENT, Delete, Entry, Expect, Op, Put
-from kvpersist.errors import BadRequest, KvError, Unsupported
+from kvpersist.errors import BadRequest, CommitUnknown, Conflict, KvError, Unsupported
 from kvpersist.funnel import Built, Funnel
 from kvpersist.store import Store
 
@@ -79,6 +79,16 @@ class LogState(NamedTuple):
     tail: Tail
 
 
+class _Append:
+    """Items to be appended: those that are ``left``, and the numbers ``given`` to those that stand already."""
+
+    __slots__ = ("given", "left")
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        self.left = items
+        self.given: list[int] = []
+
+
 class _Remove(NamedTuple):
     """Items to be removed; ``keep``: leaving tombstones. Answered with how many were alive."""
 
@@ -134,7 +144,13 @@ class Log(Generic[R]):
         self._atomic = store.capabilities.atomic_batch != "none"
         self._owned = False
         self._funnel: Funnel[LogState, Any, Any] = Funnel(
-            store, self._load, self._build, weigh=_weight, what=f"append to log {name!r}"
+            store,
+            self._load,
+            self._build,
+            partly=None if self._atomic else self._partly,
+            stand=None if self._atomic else self._stand,
+            weigh=_weight,
+            what=f"append to log {name!r}",
         )
 
     async def append(self, parent: str, item: R) -> int:
@@ -147,7 +163,7 @@ class Log(Generic[R]):
         """
         if not self._owned:
             await self._own()
-        return (await self._funnel.submit(parent, (item,)))[0]
+        return (await self._funnel.submit(parent, _Append((item,))))[0]
 
     async def append_many(self, parent: str, items: Sequence[R]) -> list[int]:
         """Append ``n`` items in order: ``n`` numbers; up to 500 are one batch, more are cut into several."""
@@ -155,7 +171,7 @@ class Log(Generic[R]):
             await self._own()
         numbers: list[int] = []
         for at in range(0, len(items), 500):
-            numbers += await self._funnel.submit(parent, tuple(items[at : at + 500]))
+            numbers += await self._funnel.submit(parent, _Append(tuple(items[at : at + 500])))
         return numbers
 
     async def get(self, parent: str, number: int) -> R | None:
@@ -309,15 +325,17 @@ class Log(Generic[R]):
                     amends.append(item)
                 results.append(first)
             else:
+                left = item.left
                 try:
-                    puts, tail = self._puts(parent, prefix, last, item, tail)
+                    puts, tail = self._puts(parent, prefix, last, left, tail)
                 except KvError as error:
                     results.append(error)
                     continue
-                results.append(range(last + 1, last + 1 + len(item)))
+                numbers = range(last + 1, last + 1 + len(left))
+                results.append([*item.given, *numbers] if item.given else numbers)
                 ops += puts
-                last += len(item)
-                count += len(item)
+                last += len(left)
+                count += len(left)
         stands = len(ops)
         if ops or count != state.alive or first != state.first:
             stat = frame(stat_key, self._pack(_Stat(last, count, first, tail)), self._format, 1)
@@ -327,6 +345,45 @@ class Log(Generic[R]):
             return LogState(last, count, version, prefix, stat_key, first, tail)
 
         return Built(ops, after, results, stands, amends)
+
+    def _partly(self, parent: str, built: Built[LogState, Any], asked: Sequence[Any], conflict: Conflict) -> None:
+        """Without atomic batches: keep what was appended before another writer came in between."""
+        written = {op.key for op in built.ops[: conflict.position]}
+        prefix = self._prefix_of(parent)
+        for item, numbers in zip(asked, built.results, strict=True):
+            if type(item) is _Append and not isinstance(numbers, KvError):
+                fresh = numbers[len(item.given) :]
+                stands = [number for number in fresh if prefix + keys.encode(number) in written]
+                item.left = item.left[len(stands) :]
+                item.given += stands
+
+    async def _stand(self, parent: str, built: Built[LogState, Any], asked: Sequence[Any]) -> bool:
+        """Whether what was appended lies where readers come by.
+
+        Others may have used the numbers that this process took for the next, and trimmed them: those items
+        are removed, to be appended anew.
+
+        Raises:
+            CommitUnknown: the backend does not tell.
+        """
+        prefix = self._prefix_of(parent)
+        try:
+            first = (await self._load(parent)).first
+        except KvError as error:
+            written = tuple(op.key for op in built.ops[: built.stands])
+            raise CommitUnknown(written, f"it may have been trimmed at once; {error}") from error
+        stands = True
+        for item, numbers in zip(asked, built.results, strict=True):
+            if type(item) is not _Append or isinstance(numbers, KvError):
+                continue
+            fresh = numbers[len(item.given) :]
+            below = [number for number in fresh if number < first]
+            item.left = item.left[: len(below)]
+            item.given += fresh[len(below) :]
+            if below:
+                stands = False
+                await self._store._commit([Delete(prefix + keys.encode(number)) for number in below])
+        return stands
 
     def _puts(self, parent: str, prefix: str, last: int, items: Sequence[R], tail: Tail) -> tuple[list[Op], Tail]:
         """What stores ``items`` behind ``last``, and the tail then; what it raises fails these items alone."""
@@ -355,7 +412,7 @@ class Log(Generic[R]):
 def _weight(item: Any) -> int:
     if type(item) is _Remove:
         return len(item.numbers)
-    return 1 if type(item) in (_Lower, _Trim) else len(item)
+    return len(item.left) if type(item) is _Append else 1
 
 
 async def after_stat(store: Store, prefix: str, last: int) -> AsyncIterator[Entry]:

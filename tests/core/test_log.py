@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Wrapped:
         self.commits = 0
         self.before: Callable[[Sequence[Batch]], Any] = lambda batches: None
         self.gate: asyncio.Event | None = None
+        self.between: Callable[[], Awaitable[object]] = lambda: asyncio.sleep(0)
 
     async def get(self, keys: Sequence[str]) -> list[Entry | None]:
         self.calls.append("get")
@@ -65,7 +67,7 @@ class Wrapped:
     async def _in_order(self, batch: Batch) -> Committed | KvError:
         """Operation by operation, with a chance for others in between."""
         for position, op in enumerate(batch.ops):
-            await asyncio.sleep(0)
+            await self.between()
             [outcome] = await self.driver.commit([Batch((op,), batch.version)])
             if isinstance(outcome, Conflict):
                 return Conflict(outcome.key, outcome.expected, outcome.found, position)
@@ -154,6 +156,43 @@ async def test_parents_whose_names_share_a_beginning_do_not_mix(log: Log[Line]) 
         assert await whole(log, parent) == [(1, parent), (2, "second")]
     with pytest.raises(BadKey):
         await log.append("\ud800", Line("x"))
+
+
+async def test_appends_that_come_between_one_another_are_all_stored_once_in_order(driver: Wrapped) -> None:
+    chance = random.Random(11)
+
+    async def stalled() -> None:
+        for _ in range(chance.choice((0, 0, 0, 20))):
+            await asyncio.sleep(0)
+
+    driver.between = stalled
+    logs = [Log(Store(driver), Line, name="line") for _ in range(4)]
+
+    async def write(n: int, log: Log[Line]) -> list[tuple[int, str]]:
+        found: list[tuple[int, str]] = []
+        for turn in range(10):
+            texts = [f"{n}.{turn}.{at}" for at in range(6)]
+            numbers = await log.append_many("p", [Line(text) for text in texts])
+            found += zip(numbers, texts, strict=True)
+        return found
+
+    written = await asyncio.gather(*(write(n, log) for n, log in enumerate(logs)))
+
+    assert await whole(logs[0], "p") == sorted(one for each in written for one in each)
+    assert all(each == sorted(each) for each in written)
+    assert [await log.count("p") for log in logs] == [240] * 4
+
+
+async def test_who_did_not_hear_of_a_trim_appends_behind_it(driver: Wrapped) -> None:
+    late, other = Log(Store(driver), Line, name="line"), Log(Store(driver), Line, name="line")
+    await late.append("p", Line("first"))
+    await other.append_many("p", lines(40))
+    await other.trim("p", before=35)
+
+    assert await late.append_many("p", [Line("a"), Line("b")]) == [42, 43]
+
+    assert (await whole(other, "p"))[-3:] == [(41, "l40"), (42, "a"), (43, "b")]
+    assert await other.count("p") == 9
 
 
 async def test_concurrent_appends_get_every_number_once(log: Log[Line]) -> None:

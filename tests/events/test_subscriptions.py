@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import kvpersist
-from kvpersist import EventEntry, EventQueue, EventsExpired, Store
+from kvpersist import EventEntry, EventQueue, EventsExpired, NewEvent, Store
 from kvpersist.changes import Waker
 from kvpersist.errors import BadCursor, BadOption, Unavailable
 from kvpersist.testing.faults import FaultyDriver
@@ -27,21 +27,22 @@ Stores = Callable[[], Awaitable[Store]]
 async def taken(queue: EventQueue, n: int, *args: Any, **options: Any) -> list[Any]:
     """The first ``n`` events of a subscription."""
     found: list[Any] = []
-    async with asyncio.timeout(20), queue.subscribe(*args, **options) as events:
+    async with asyncio.timeout(60), queue.subscribe(*args, **options) as events:
         while len(found) < n:
             found.append((await anext(events)).event)
     return found
 
 
-async def test_history_and_what_comes_are_one_sequence(queue: EventQueue) -> None:
-    await queue.publish_many("t", list(range(250)))
-    reading = asyncio.create_task(taken(queue, 600, "t", "start", buffer=7))
-    for n in range(250, 600):
+async def test_history_and_what_comes_are_one_sequence(queue: EventQueue, part: int) -> None:
+    before, total = 250 // part, 600 // part
+    await queue.publish_many("t", list(range(before)))
+    reading = asyncio.create_task(taken(queue, total, "t", "start", buffer=7))
+    for n in range(before, total):
         await queue.publish("t", n)
         if n % 50 == 0:
             await asyncio.sleep(0)
 
-    assert await reading == list(range(600))
+    assert await reading == list(range(total))
 
 
 async def test_now_means_what_is_published_from_then_on(queue: EventQueue) -> None:
@@ -57,11 +58,12 @@ async def test_readers_in_one_process_are_woken_at_once(store: Store, queue: Eve
     async with queue.subscribe("t") as one, queue.subscribe("t") as two:
         waiting = [asyncio.create_task(anext(one)), asyncio.create_task(anext(two))]
         await asyncio.sleep(0.01)
-        began = asyncio.get_running_loop().time()
         await queue.publish("t", 1)
+        began = asyncio.get_running_loop().time()
         await asyncio.gather(*waiting)
+        took = asyncio.get_running_loop().time() - began
 
-    assert asyncio.get_running_loop().time() - began < 0.2
+    assert took < 0.2
 
 
 async def test_what_another_process_publishes_is_seen(stores: Stores, namespace: str) -> None:
@@ -76,9 +78,11 @@ async def test_what_another_process_publishes_is_seen(stores: Stores, namespace:
         assert await reading == list(range(50))
 
 
-async def test_a_reader_that_drops_and_resumes_a_thousand_times_sees_each_event_once(queue: EventQueue) -> None:
+async def test_a_reader_that_drops_and_resumes_a_thousand_times_sees_each_event_once(
+    queue: EventQueue, part: int
+) -> None:
     draw = random.Random(5)
-    total = 2_000
+    total = 2_000 // part
     seen: list[int] = []
 
     async def publish() -> None:
@@ -99,13 +103,13 @@ async def test_a_reader_that_drops_and_resumes_a_thousand_times_sees_each_event_
             drops += 1
     await publishing
 
-    assert drops >= 1_000
+    assert drops >= 1_000 // part
     assert seen == list(range(total))
 
 
 async def test_channels_are_left_out_without_being_waited_for(queue: EventQueue) -> None:
-    for n in range(300):
-        await queue.publish("t", n, channel="noise" if n % 100 else "control")
+    events = [NewEvent(n, channel="noise" if n % 100 else "control") for n in range(300)]
+    await queue.publish_many("t", events)
 
     assert await taken(queue, 3, "t", "start", channels="control") == [0, 100, 200]
 
@@ -287,6 +291,8 @@ async def test_a_buffer_holds_at_least_one_event(queue: EventQueue) -> None:
 
 async def test_planted_a_waker_made_after_the_first_read_is_caught(queue: EventQueue, monkeypatch: Any) -> None:
     """Without the flag a reader would sleep through what is published between its read and its wait."""
+    if queue.store.capabilities.watch is None:
+        pytest.skip("nothing tells of changes here: a reader looks again soon in any case")
     for tells in ("wake", "told", "committed", "missed"):
         monkeypatch.setattr(Waker, tells, lambda *_: None)
 

@@ -28,7 +28,6 @@ from kvpersist.agents.history import Compressions, RecoveredFiles, Windows
 from kvpersist.agents.images import Images
 from kvpersist.agents.login_sessions import LoginSessions
 from kvpersist.agents.making import finish_makings
-from kvpersist.agents.forks import AgentForks, topic_cascade
 from kvpersist.agents.media import MediaCache
 from kvpersist.agents.messages import Messages
 from kvpersist.agents.ordered import OrderedTurns
@@ -120,7 +119,7 @@ class Persistence:
         """``placement`` has ``store`` as its main one; None: everything is in that. `open` is what a user calls."""
         require_sequences(store, "persistence of sessions")
         self.store = store
-        self.placement = placement or Placement(store)
+        self.placement: Placement = placement or Placement(store)
         self.home = home
         self.namespace = namespace
         more_calls = list(tool_call_indexes)

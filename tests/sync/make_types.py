@@ -33,7 +33,13 @@ _RENAMED = {
     "_AsyncGeneratorContextManager": "AbstractContextManager",
 }
 _DROPPED = ("Awaitable", "Coroutine", "Opening")  # they stand for what comes of them, their last argument
-_HIDDEN = {"Store": {"driver"}, "Transaction": {"store"}}  # the layer below, and the way back up
+_HIDDEN = {  # the layer below, and the way back up
+    "Parents": {"births", "check"},
+    "Persistence": {"placement"},
+    "Records": {"repository"},
+    "Store": {"driver"},
+    "Transaction": {"store"},
+}
 _AS_THEY_ARE = {"Driver"}  # what is handed in stays asynchronous
 
 
@@ -83,7 +89,7 @@ class Types:
             self.imports["Generic"] = ("typing", "Generic")
         lines = [head, f"    {_first_line(type_)}"]
         members: dict[str, Any] = {}
-        hidden = _HIDDEN.get(type_.__name__, set())
+        hidden: set[str] = set().union(*[_HIDDEN.get(base.__name__, set()) for base in type_.__mro__])
         for base in reversed([each for each in type_.__mro__ if each.__module__.startswith("kvpersist")]):
             for name, annotation, module in _attributes(base):
                 if name not in hidden:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import kvpersist.sync
 
@@ -51,6 +51,7 @@ class Types:
         self.imports: dict[str, tuple[str, str]] = {}  # name here -> module, name there
         self.local: dict[str, str] = {}  # names defined in the stub: their source
         self.bodies: dict[str, list[str]] = {}
+        self.bound: dict[str, str] = {}  # type variables of the class that is being written
 
     def text(self) -> str:
         waiting = [_found(root) for root in ROOTS]
@@ -89,6 +90,7 @@ class Types:
             self.imports["Generic"] = ("typing", "Generic")
         lines = [head, f"    {_first_line(type_)}"]
         members: dict[str, Any] = {}
+        self.bound = self._bindings(type_)
         hidden: set[str] = set().union(*[_HIDDEN.get(base.__name__, set()) for base in type_.__mro__])
         for base in reversed([each for each in type_.__mro__ if each.__module__.startswith("kvpersist")]):
             for name, annotation, module in _attributes(base):
@@ -107,6 +109,18 @@ class Types:
             lines += [value] if isinstance(value, str) else value
         lines += self._protocols(type_)
         return lines
+
+    def _bindings(self, type_: type) -> dict[str, str]:
+        """What the type variables of the bases stand for in this class."""
+        bound: dict[str, str] = {}
+        for base in type_.__mro__:
+            for given in getattr(base, "__orig_bases__", ()):
+                for variable, value in zip(
+                    getattr(get_origin(given), "__parameters__", ()), get_args(given), strict=False
+                ):
+                    if isinstance(value, type):
+                        bound[variable.__name__] = self._name(value.__name__, importlib.import_module(value.__module__))
+        return bound
 
     def _protocols(self, type_: type) -> Iterable[str]:
         enter = getattr(type_, "__aenter__", None)
@@ -217,6 +231,8 @@ class _Rewritten(ast.NodeTransformer):
         self.types, self.module = types, module
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
+        if node.id in self.types.bound:
+            return ast.Name(self.types.bound[node.id])
         return ast.parse(self.types._name(node.id, self.module), mode="eval").body
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kvpersist.log import Log
     from kvpersist.repository import Page, Repository
     from kvpersist.store import Info, Store, Versioned, open_store
+    from kvpersist.sync import open_store_sync, open_sync
     from kvpersist.transaction import Transaction
 
 __all__ = [
@@ -75,6 +76,8 @@ __all__ = [
     "between",
     "new_secret_key",
     "open_store",
+    "open_store_sync",
+    "open_sync",
 ]
 
 __version__ = "0.1.0"
@@ -109,6 +112,7 @@ _HOMES: Final = {
     "kvpersist.log": ("Log",),
     "kvpersist.repository": ("Page", "Repository"),
     "kvpersist.store": ("Info", "Store", "Versioned", "open_store"),
+    "kvpersist.sync": ("open_store_sync", "open_sync"),
     "kvpersist.transaction": ("Transaction",),
 }
 _MODULE_OF: Final = {name: module for module, names in _HOMES.items() for name in names}

@@ -271,7 +271,8 @@ class Births:
                 return False
             also: list[Op] = [Put(marker_key, PENDING), *([] if guard is None else [guard])]
             if birth is not None:
-                also.append(Delete(birth_key, birth.version))
+                conditional = self._store.capabilities.conditional_delete
+                also.append(Delete(birth_key, birth.version if conditional else None))
             try:
                 if stored is None:
                     await self._store._commit(also)

@@ -3,10 +3,14 @@
 import builtins
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import datetime
+from kvpersist.agents.confirmations import Confirmation
+from kvpersist.agents.providers import Provider
 from kvpersist.agents.records import Message, Session, SessionStat, Stats, TimelineItem, ToolCall
 from kvpersist.agents.tool_calls import Recording
+from kvpersist.agents.traces import TokenUsage, Trace
 from kvpersist.changes import Change
-from kvpersist.driver import Absent, Capabilities, Driver
+from kvpersist.driver import Absent, Capabilities, Check, Delete, Driver, Entry, Put
 from kvpersist.errors import CorruptRecord, LargeValue
 from kvpersist.events.records import Claimed, EventEntry, GroupStats, Lag, Parked, TopicStats
 from kvpersist.index.declaration import BoundIndex, Index
@@ -14,7 +18,7 @@ from kvpersist.index.rebuild import Damage, Reindexed
 from kvpersist.lease import Holder
 from kvpersist.repository import Page
 from kvpersist.store import Info, Versioned
-from msgspec import UnsetType
+from msgspec import Struct, UnsetType
 from os import PathLike
 from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar
 from uuid import UUID
@@ -22,20 +26,106 @@ from uuid import UUID
 __all__ = ["open_store_sync", "open_sync"]
 
 After: TypeAlias = str | int | dict[str, Any] | None
+Cascade: TypeAlias = Callable[[str, Check], None]
 Clock: TypeAlias = Callable[[], float]
 Expect: TypeAlias = bytes | Absent
 Handler: TypeAlias = Callable[[EventEntry], object | object]
 OnCorrupt: TypeAlias = Callable[[CorruptRecord], None]
 OnExpired: TypeAlias = Literal['raise', 'skip']
+Op: TypeAlias = Check | Put | Delete
 R = TypeVar('R')
+SecretKey: TypeAlias = str | bytes | Sequence[str | bytes]
+TraceType: TypeAlias = Literal['agent', 'tool', 'llm', 'retriever', 'embedding', 'chain']
 Where: TypeAlias = str | PathLike[str] | Mapping[str, Any]
 _Sessions: TypeAlias = builtins.list[Session]
 _T = TypeVar('_T')
 
-def open_sync(where: Where | Driver | Store | None = ..., *, namespace: str = ..., session_indexes: Iterable[Index] = ..., message_indexes: Iterable[Index] = ..., tool_call_indexes: Iterable[Index] = ..., events: Mapping[str, Any] | None = ..., codec: Literal['msgpack', 'json'] | None = ..., ttl: float | None | UnsetType = ..., timeout: float | None | UnsetType = ..., clock: Clock = ..., sweep: float | None | UnsetType = ..., **options: Any) -> Persistence:
+def open_sync(where: Where | Driver | Store | None = ..., *, namespace: str = ..., session_indexes: Iterable[Index] = ..., message_indexes: Iterable[Index] = ..., tool_call_indexes: Iterable[Index] = ..., events: Mapping[str, Any] | None = ..., secret_key: SecretKey | None = ..., codec: Literal['msgpack', 'json'] | None = ..., ttl: float | None | UnsetType = ..., timeout: float | None | UnsetType = ..., clock: Clock = ..., sweep: float | None | UnsetType = ..., **options: Any) -> Persistence:
     """Open an agent's records; ``with`` it, or close it."""
 def open_store_sync(where: Where | Driver | Store | None = ..., *, codec: Literal['msgpack', 'json'] | None = ..., ttl: float | None | UnsetType = ..., timeout: float | None | UnsetType = ..., clock: Clock = ..., sweep: float | None | UnsetType = ..., **options: Any) -> Store:
     """Open a store; ``with`` it, or close it."""
+
+class Births:
+    """The birth keys of one collection, and the deletions of what belongs to its records."""
+    kind: str
+    repository: Repository[Any]
+    prefix: str
+    deleting_prefix: str
+    deletions: Deletions
+    def also(self, cascade: Cascade) -> None:
+        """Let ``cascade`` remove what belongs to a deleted record."""
+    def check(self, id: str) -> Check:
+        """Return the condition that the record of ``id`` lives, for every batch below it."""
+    def check_or_absent(self, id: str) -> tuple[Check, ...]:
+        """Return the condition that the record of ``id`` lives, or that there is none, as it is now."""
+    def remember(self, part: str, check: Check) -> None:
+        """Spare the next check a read."""
+    def forget(self, key: str) -> bool:
+        """As `Family.forget`."""
+    def bear(self, part: str, record: Any, checks: Callable[[], Sequence[Check]], beside: Callable[[Entry | None], builtins.list[Op]] | None = ..., beside_key: str = ...) -> tuple[Check, bytes]:
+        """Create a record with its birth key; return the check of that and the version of what is beside it."""
+    def kill(self, part: str, guard: Check | None = ...) -> bool:
+        """Delete a record by its encoded id, and everything that belongs to it; False where there was none."""
+
+class Confirmations:
+    """The pending confirmations of one namespace, ``db.confirmations``: at most one per session."""
+    def save(self, confirmation: Confirmation) -> Confirmation:
+        """Store what a session waits for, in place of what it waited for before; return it as it is stored."""
+    def get(self, session_id: str | UUID) -> Confirmation | None:
+        """Return what a session waits for, or None; one read."""
+    def clear(self, session_id: str | UUID) -> bool:
+        """Let the session wait no more; False where it did not."""
+    def find(self, *, limit: int = ..., offset: int = ...) -> builtins.list[Confirmation]:
+        """Return the confirmations of all sessions, newest first."""
+    def page(self, *, limit: int = ..., after: str | None = ...) -> Page[Confirmation]:
+        """Return one page as `find` does, and the cursor for the next. Raises BadCursor."""
+    def iterate(self) -> Iterator[Confirmation]:
+        """Yield all confirmations, by session."""
+    def count(self) -> int:
+        """Count the sessions that wait; only keys are read."""
+
+class Containers:
+    """The containers of one namespace, ``db.containers``, newest first; found by ``name=``."""
+    repository: Repository[R]
+    def get(self, id: Any) -> R | None:
+        """Return the record, or None; one read."""
+    def exists(self, id: Any) -> bool:
+        """Whether there is such a record; it is not decoded."""
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[R]:
+        """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[R]:
+        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[R]:
+        """Yield every record that `find` would. As `Repository.iterate`."""
+    def count(self, **where: Any) -> int:
+        """Count the records, all or those that `find` would return; only keys are read."""
+    def create(self, record: R | None = ..., **fields: Any) -> R:
+        """Store a new record, given whole or by its fields; return it as it is stored."""
+    def save(self, record: R) -> R:
+        """Store a record whose id you bring, in place of what is there; return it as it is stored."""
+    def update(self, id: Any, fn: Callable[[R], R]) -> R | None:
+        """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+        """Replace the metadata as a whole; None where there is no such record."""
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+        """Set some keys of the metadata and leave the others; None where there is no such record."""
+    def delete(self, id: Any) -> bool:
+        """Delete the record and everything that belongs to it; False where there was none."""
+    births: Births
+    def check(self, id: str | UUID) -> Check:
+        """As `Births.check`."""
+
+class Deletions:
+    """Finishes the deletions of one collection's records."""
+    children: builtins.list[Repository[Any]]
+    cascades: builtins.list[Cascade]
+    guards: builtins.list[str]
+    def finish_all(self) -> int:
+        """Finish every deletion that was begun and not finished; return how many there were."""
+    def finish(self, part: str, *, begin_anew: bool = ...) -> None:
+        """Remove what is left below a record, and the marker; nothing happens where there is none."""
+    def behead(self, part: str) -> None:
+        """Remove the record itself, step by step: a crash may have come between any two."""
 
 class EventGroup:
     """Consumers that share the events of one topic. Made by `EventQueue.group`."""
@@ -103,6 +193,37 @@ class EventQueue:
     def __enter__(self) -> Self: ...
     def __exit__(self, *problem: object) -> bool | None: ...
 
+class Images:
+    """The images of one namespace, ``db.images``, newest first."""
+    repository: Repository[R]
+    def get(self, id: Any) -> R | None:
+        """Return the record, or None; one read."""
+    def exists(self, id: Any) -> bool:
+        """Whether there is such a record; it is not decoded."""
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[R]:
+        """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[R]:
+        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[R]:
+        """Yield every record that `find` would. As `Repository.iterate`."""
+    def count(self, **where: Any) -> int:
+        """Count the records, all or those that `find` would return; only keys are read."""
+    def create(self, record: R | None = ..., **fields: Any) -> R:
+        """Store a new record, given whole or by its fields; return it as it is stored."""
+    def save(self, record: R) -> R:
+        """Store a record whose id you bring, in place of what is there; return it as it is stored."""
+    def update(self, id: Any, fn: Callable[[R], R]) -> R | None:
+        """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+        """Replace the metadata as a whole; None where there is no such record."""
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+        """Set some keys of the metadata and leave the others; None where there is no such record."""
+    def delete(self, id: Any) -> bool:
+        """Delete the record and everything that belongs to it; False where there was none."""
+    births: Births
+    def check(self, id: str | UUID) -> Check:
+        """As `Births.check`."""
+
 class LargeReader:
     """A value, piece by piece: iterate over it, or `read`."""
     size: int
@@ -149,6 +270,34 @@ class Lock:
     def __enter__(self) -> Lease: ...
     def __exit__(self, *problem: object) -> bool | None: ...
 
+class LoginSessions:
+    """The login sessions of one namespace, ``db.login_sessions``, newest first."""
+    repository: Repository[R]
+    def get(self, id: Any) -> R | None:
+        """Return the record, or None; one read."""
+    def exists(self, id: Any) -> bool:
+        """Whether there is such a record; it is not decoded."""
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[R]:
+        """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[R]:
+        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[R]:
+        """Yield every record that `find` would. As `Repository.iterate`."""
+    def count(self, **where: Any) -> int:
+        """Count the records, all or those that `find` would return; only keys are read."""
+    def create(self, record: R | None = ..., **fields: Any) -> R:
+        """Store a new record, given whole or by its fields; return it as it is stored."""
+    def save(self, record: R) -> R:
+        """Store a record whose id you bring, in place of what is there; return it as it is stored."""
+    def update(self, id: Any, fn: Callable[[R], R]) -> R | None:
+        """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+        """Replace the metadata as a whole; None where there is no such record."""
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+        """Set some keys of the metadata and leave the others; None where there is no such record."""
+    def delete(self, id: Any) -> bool:
+        """Remove the record; False where there was none."""
+
 class Messages:
     """The messages of one namespace, ``db.messages``."""
     def append(self, session_id: str | UUID, message: Message) -> Message:
@@ -187,6 +336,13 @@ class Persistence:
     sessions: Sessions
     messages: Messages
     tool_calls: ToolCalls
+    confirmations: Confirmations
+    traces: Traces
+    login_sessions: LoginSessions
+    containers: Containers
+    images: Images
+    prototypes: Prototypes
+    providers: Providers
     events: EventQueue
     def repository(self, type: builtins.type[R], *, name: str, key: str | tuple[str, ...] = ..., indexes: Iterable[Index] = ..., **options: Any) -> Repository[R]:
         """Declare a collection of your own in this namespace. As `Repository`."""
@@ -195,7 +351,7 @@ class Persistence:
     def transact(self, fn: Callable[[Transaction], R], *, attempts: int = ...) -> R:
         """As `Store.transact`."""
     def reindex(self, progress: Callable[[int], None] | None = ...) -> dict[str, Reindexed]:
-        """Build the indexes of sessions, messages and calls that were declared over records already there."""
+        """Build the indexes of the agent's collections that were declared over records already there."""
     def timeline(self, session_id: str | UUID, *, after: int = ..., limit: int = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[TimelineItem]:
         """Return a session's messages in order, each with the calls it asked for, their results and durations."""
     def stats(self, *, on_corrupt: OnCorrupt | None = ...) -> Stats:
@@ -204,6 +360,68 @@ class Persistence:
         """End what reads events, and close the store if `open` opened it; a second call does nothing."""
     def __enter__(self) -> Self: ...
     def __exit__(self, *problem: object) -> bool | None: ...
+
+class Prototypes:
+    """The prototypes of one namespace, ``db.prototypes``, newest first; found by ``name=`` or ``container_id=``."""
+    repository: Repository[R]
+    def get(self, id: Any) -> R | None:
+        """Return the record, or None; one read."""
+    def exists(self, id: Any) -> bool:
+        """Whether there is such a record; it is not decoded."""
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[R]:
+        """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[R]:
+        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[R]:
+        """Yield every record that `find` would. As `Repository.iterate`."""
+    def count(self, **where: Any) -> int:
+        """Count the records, all or those that `find` would return; only keys are read."""
+    def create(self, record: R | None = ..., **fields: Any) -> R:
+        """Store a new record, given whole or by its fields; return it as it is stored."""
+    def save(self, record: R) -> R:
+        """Store a record whose id you bring, in place of what is there; return it as it is stored."""
+    def update(self, id: Any, fn: Callable[[R], R]) -> R | None:
+        """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+        """Replace the metadata as a whole; None where there is no such record."""
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+        """Set some keys of the metadata and leave the others; None where there is no such record."""
+    def delete(self, id: Any) -> bool:
+        """Remove the record; False where there was none."""
+
+class Providers:
+    """The providers of one namespace, ``db.providers``, newest first."""
+    repository: Repository[R]
+    def get(self, id: Any) -> R | None:
+        """Return the record, or None; one read."""
+    def exists(self, id: Any) -> bool:
+        """Whether there is such a record; it is not decoded."""
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[R]:
+        """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[R]:
+        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[R]:
+        """Yield every record that `find` would. As `Repository.iterate`."""
+    def count(self, **where: Any) -> int:
+        """Count the records, all or those that `find` would return; only keys are read."""
+    def create(self, record: Provider | None = ..., *, secret: str | None = ..., **fields: Any) -> Provider:
+        """Store a new provider, given whole or by its fields; return it as it is stored."""
+    def save(self, record: Provider, *, secret: str | None = ...) -> Provider:
+        """Store a provider whose id you bring, in place of what is there; return it as it is stored."""
+    def update(self, id: Any, fn: Callable[[R], R]) -> R | None:
+        """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+        """Replace the metadata as a whole; None where there is no such record."""
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+        """Set some keys of the metadata and leave the others; None where there is no such record."""
+    def delete(self, id: Any) -> bool:
+        """Remove the record; False where there was none."""
+    def set_secret(self, id: str | UUID, secret: str | None) -> Provider | None:
+        """Store another secret, encrypted, in place of the secret or reference there; None removes it."""
+    def secret(self, id: str | UUID) -> str | None:
+        """Return the secret: what its reference refers to now, or decrypted; None where there is none."""
+    def default(self, container_id: str | UUID) -> Provider | None:
+        """Return the default provider of a container, or None."""
 
 class Repository(Generic[R]):
     """Records of one type in one collection of a store."""
@@ -361,6 +579,38 @@ class ToolCalls:
         """Count the calls, all or those that `find` would return; only keys are read."""
     def record(self, session_id: str | UUID, name: str, arguments: Any = ..., *, call_id: str | None = ...) -> AbstractContextManager[Recording]:
         """Record a call that no message asks for: begun here, ended with the block."""
+
+class Traces:
+    """The traces of one namespace, ``db.traces``, newest first; the children of one, oldest first."""
+    repository: Repository[R]
+    def get(self, id: Any) -> R | None:
+        """Return the record, or None; one read."""
+    def exists(self, id: Any) -> bool:
+        """Whether there is such a record; it is not decoded."""
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., scan: bool = ..., **where: Any) -> builtins.list[Trace]:
+        """Return up to ``limit`` traces behind the first ``offset``."""
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., scan: bool = ..., **where: Any) -> Page[Trace]:
+        """Return one page as `find` does, and the cursor that ``after`` takes for the next. Raises BadCursor."""
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., scan: bool = ..., **where: Any) -> Iterator[Trace]:
+        """Yield every trace that `find` would without a limit, 100 in memory at a time."""
+    def count(self, *, scan: bool = ..., **where: Any) -> int:
+        """Count what `find` would return without a limit; only keys are read where an index answers it."""
+    def create(self, record: R | None = ..., **fields: Any) -> R:
+        """Store a new record, given whole or by its fields; return it as it is stored."""
+    def save(self, record: R) -> R:
+        """Store a record whose id you bring, in place of what is there; return it as it is stored."""
+    def update(self, id: Any, fn: Callable[[R], R]) -> R | None:
+        """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+        """Replace the metadata as a whole; None where there is no such record."""
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+        """Set some keys of the metadata and leave the others; None where there is no such record."""
+    def delete(self, id: Any) -> bool:
+        """Remove the record; False where there was none."""
+    def start(self, name: str, *, type: TraceType = ..., session_id: str | UUID | None = ..., parent_id: str | UUID | None = ..., input: Any = ..., metadata: Mapping[str, Any] | None = ...) -> Trace:
+        """Store a trace that begins now, and return it. Raises as `create`."""
+    def end(self, id: str | UUID, *, output: Any = ..., error: str | BaseException | None = ..., token_usage: TokenUsage | None = ..., metadata: Mapping[str, Any] | None = ..., ended_at: datetime | None = ...) -> Trace | None:
+        """Let a trace end, now unless told otherwise, and return it; None where there is none."""
 
 class Transaction:
     """Buffered writes of one `Store.atomic` block; what is read here is checked at the commit."""

@@ -6,6 +6,12 @@ from contextlib import AbstractContextManager
 from datetime import datetime, timedelta
 from kvpersist.agents.agents import Agent, AgentStats
 from kvpersist.agents.confirmations import Confirmation
+from kvpersist.agents.containers import Container
+from kvpersist.agents.history import Compression, HistoryWindow, RecoveredFile
+from kvpersist.agents.images import Image
+from kvpersist.agents.login_sessions import LoginSession
+from kvpersist.agents.media import Media
+from kvpersist.agents.prototypes import Prototype
 from kvpersist.agents.providers import Provider
 from kvpersist.agents.records import Message, Session, SessionStat, Stats, TimelineItem, ToolCall
 from kvpersist.agents.repairs import Problem
@@ -22,7 +28,7 @@ from kvpersist.index.rebuild import Damage, Reindexed
 from kvpersist.lease import Holder
 from kvpersist.repository import Page
 from kvpersist.store import Info, Versioned
-from msgspec import Struct, UnsetType
+from msgspec import UnsetType
 from os import PathLike
 from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar
 from uuid import UUID
@@ -107,36 +113,36 @@ class Births:
 
 class Compressions:
     """The compressions of one namespace, ``db.compressions``; those of an agent are found oldest first."""
-    repository: Repository[R]
-    def get(self, id: Any) -> R | None:
+    repository: Repository[Compression]
+    def get(self, id: Any) -> Compression | None:
         """Return the record, or None; one read."""
     def exists(self, id: Any) -> bool:
         """Whether there is such a record; it is not decoded."""
-    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[R]:
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[Compression]:
         """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
-    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[R]:
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[Compression]:
         """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
-    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[R]:
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[Compression]:
         """Yield every record that `find` would. As `Repository.iterate`."""
     def count(self, **where: Any) -> int:
         """Count the records, all or those that `find` would return; only keys are read."""
-    def create(self, record: R | None = ..., **fields: Any) -> R:
+    def create(self, record: Compression | None = ..., **fields: Any) -> Compression:
         """Store a new record, given whole or by its fields; return it as it is stored."""
-    def save(self, record: R) -> R:
+    def save(self, record: Compression) -> Compression:
         """Store a record whose id you bring, in place of what is there; return it as it is stored."""
-    def update(self, id: Any, fn: Callable[[R], R]) -> R | None:
+    def update(self, id: Any, fn: Callable[[Compression], Compression]) -> Compression | None:
         """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
-    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Compression | None:
         """Replace the metadata as a whole; None where there is no such record."""
-    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Compression | None:
         """Set some keys of the metadata and leave the others; None where there is no such record."""
     def delete(self, id: Any) -> bool:
         """Remove the record; False where there was none."""
-    def of(self, parent: str | UUID, *, limit: int | None = ..., reverse: bool = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[R]:
+    def of(self, parent: str | UUID, *, limit: int | None = ..., reverse: bool = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[Compression]:
         """Return the records below a parent in the order of their keys, all or the first ``limit`` of them."""
     def delete_all(self, parent: str | UUID) -> int:
         """Remove the records below a parent; return how many there were. As `replace_all` by nothing."""
-    def replace_all(self, parent: str | UUID, items: Iterable[R]) -> builtins.list[R]:
+    def replace_all(self, parent: str | UUID, items: Iterable[Compression]) -> builtins.list[Compression]:
         """Let ``items`` be all the records below a parent; return them as they are stored."""
 
 class Confirmations:
@@ -158,28 +164,28 @@ class Confirmations:
 
 class Containers:
     """The containers of one namespace, ``db.containers``, newest first; found by ``name=``."""
-    repository: Repository[R]
-    def get(self, id: Any) -> R | None:
+    repository: Repository[Container]
+    def get(self, id: Any) -> Container | None:
         """Return the record, or None; one read."""
     def exists(self, id: Any) -> bool:
         """Whether there is such a record; it is not decoded."""
-    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[R]:
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[Container]:
         """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
-    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[R]:
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[Container]:
         """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
-    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[R]:
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[Container]:
         """Yield every record that `find` would. As `Repository.iterate`."""
     def count(self, **where: Any) -> int:
         """Count the records, all or those that `find` would return; only keys are read."""
-    def create(self, record: R | None = ..., **fields: Any) -> R:
+    def create(self, record: Container | None = ..., **fields: Any) -> Container:
         """Store a new record, given whole or by its fields; return it as it is stored."""
-    def save(self, record: R) -> R:
+    def save(self, record: Container) -> Container:
         """Store a record whose id you bring, in place of what is there; return it as it is stored."""
-    def update(self, id: Any, fn: Callable[[R], R]) -> R | None:
+    def update(self, id: Any, fn: Callable[[Container], Container]) -> Container | None:
         """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
-    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Container | None:
         """Replace the metadata as a whole; None where there is no such record."""
-    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Container | None:
         """Set some keys of the metadata and leave the others; None where there is no such record."""
     def delete(self, id: Any) -> bool:
         """Delete the record and everything that belongs to it; False where there was none."""
@@ -269,28 +275,28 @@ class EventQueue:
 
 class Images:
     """The images of one namespace, ``db.images``, newest first."""
-    repository: Repository[R]
-    def get(self, id: Any) -> R | None:
+    repository: Repository[Image]
+    def get(self, id: Any) -> Image | None:
         """Return the record, or None; one read."""
     def exists(self, id: Any) -> bool:
         """Whether there is such a record; it is not decoded."""
-    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[R]:
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[Image]:
         """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
-    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[R]:
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[Image]:
         """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
-    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[R]:
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[Image]:
         """Yield every record that `find` would. As `Repository.iterate`."""
     def count(self, **where: Any) -> int:
         """Count the records, all or those that `find` would return; only keys are read."""
-    def create(self, record: R | None = ..., **fields: Any) -> R:
+    def create(self, record: Image | None = ..., **fields: Any) -> Image:
         """Store a new record, given whole or by its fields; return it as it is stored."""
-    def save(self, record: R) -> R:
+    def save(self, record: Image) -> Image:
         """Store a record whose id you bring, in place of what is there; return it as it is stored."""
-    def update(self, id: Any, fn: Callable[[R], R]) -> R | None:
+    def update(self, id: Any, fn: Callable[[Image], Image]) -> Image | None:
         """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
-    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Image | None:
         """Replace the metadata as a whole; None where there is no such record."""
-    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Image | None:
         """Set some keys of the metadata and leave the others; None where there is no such record."""
     def delete(self, id: Any) -> bool:
         """Delete the record and everything that belongs to it; False where there was none."""
@@ -346,64 +352,64 @@ class Lock:
 
 class LoginSessions:
     """The login sessions of one namespace, ``db.login_sessions``, newest first."""
-    repository: Repository[R]
-    def get(self, id: Any) -> R | None:
+    repository: Repository[LoginSession]
+    def get(self, id: Any) -> LoginSession | None:
         """Return the record, or None; one read."""
     def exists(self, id: Any) -> bool:
         """Whether there is such a record; it is not decoded."""
-    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[R]:
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[LoginSession]:
         """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
-    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[R]:
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[LoginSession]:
         """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
-    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[R]:
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[LoginSession]:
         """Yield every record that `find` would. As `Repository.iterate`."""
     def count(self, **where: Any) -> int:
         """Count the records, all or those that `find` would return; only keys are read."""
-    def create(self, record: R | None = ..., **fields: Any) -> R:
+    def create(self, record: LoginSession | None = ..., **fields: Any) -> LoginSession:
         """Store a new record, given whole or by its fields; return it as it is stored."""
-    def save(self, record: R) -> R:
+    def save(self, record: LoginSession) -> LoginSession:
         """Store a record whose id you bring, in place of what is there; return it as it is stored."""
-    def update(self, id: Any, fn: Callable[[R], R]) -> R | None:
+    def update(self, id: Any, fn: Callable[[LoginSession], LoginSession]) -> LoginSession | None:
         """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
-    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> LoginSession | None:
         """Replace the metadata as a whole; None where there is no such record."""
-    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> LoginSession | None:
         """Set some keys of the metadata and leave the others; None where there is no such record."""
     def delete(self, id: Any) -> bool:
         """Remove the record; False where there was none."""
 
 class MediaCache:
     """The media caches of one namespace, ``db.media``; ``(agent_id, key)`` is a record's id."""
-    repository: Repository[R]
-    def get(self, id: Any) -> R | None:
+    repository: Repository[Media]
+    def get(self, id: Any) -> Media | None:
         """Return the record, or None; one read."""
     def exists(self, id: Any) -> bool:
         """Whether there is such a record; it is not decoded."""
-    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[R]:
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[Media]:
         """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
-    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[R]:
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[Media]:
         """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
-    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[R]:
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[Media]:
         """Yield every record that `find` would. As `Repository.iterate`."""
     def count(self, **where: Any) -> int:
         """Count the records, all or those that `find` would return; only keys are read."""
-    def create(self, record: R | None = ..., **fields: Any) -> R:
+    def create(self, record: Media | None = ..., **fields: Any) -> Media:
         """Store a new record, given whole or by its fields; return it as it is stored."""
-    def save(self, record: R) -> R:
+    def save(self, record: Media) -> Media:
         """Store a record whose id you bring, in place of what is there; return it as it is stored."""
-    def update(self, id: Any, fn: Callable[[R], R]) -> R | None:
+    def update(self, id: Any, fn: Callable[[Media], Media]) -> Media | None:
         """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
-    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Media | None:
         """Replace the metadata as a whole; None where there is no such record."""
-    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Media | None:
         """Set some keys of the metadata and leave the others; None where there is no such record."""
     def delete(self, id: Any) -> bool:
         """Remove the record; False where there was none."""
-    def of(self, parent: str | UUID, *, limit: int | None = ..., reverse: bool = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[R]:
+    def of(self, parent: str | UUID, *, limit: int | None = ..., reverse: bool = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[Media]:
         """Return the records below a parent in the order of their keys, all or the first ``limit`` of them."""
     def delete_all(self, parent: str | UUID) -> int:
         """Remove the records below a parent; return how many there were. As `replace_all` by nothing."""
-    def replace_all(self, parent: str | UUID, items: Iterable[R]) -> builtins.list[R]:
+    def replace_all(self, parent: str | UUID, items: Iterable[Media]) -> builtins.list[Media]:
         """Let ``items`` be all the records below a parent; return them as they are stored."""
 
 class Messages:
@@ -490,44 +496,44 @@ class Persistence:
 
 class Prototypes:
     """The prototypes of one namespace, ``db.prototypes``, newest first; found by ``name=`` or ``container_id=``."""
-    repository: Repository[R]
-    def get(self, id: Any) -> R | None:
+    repository: Repository[Prototype]
+    def get(self, id: Any) -> Prototype | None:
         """Return the record, or None; one read."""
     def exists(self, id: Any) -> bool:
         """Whether there is such a record; it is not decoded."""
-    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[R]:
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[Prototype]:
         """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
-    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[R]:
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[Prototype]:
         """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
-    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[R]:
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[Prototype]:
         """Yield every record that `find` would. As `Repository.iterate`."""
     def count(self, **where: Any) -> int:
         """Count the records, all or those that `find` would return; only keys are read."""
-    def create(self, record: R | None = ..., **fields: Any) -> R:
+    def create(self, record: Prototype | None = ..., **fields: Any) -> Prototype:
         """Store a new record, given whole or by its fields; return it as it is stored."""
-    def save(self, record: R) -> R:
+    def save(self, record: Prototype) -> Prototype:
         """Store a record whose id you bring, in place of what is there; return it as it is stored."""
-    def update(self, id: Any, fn: Callable[[R], R]) -> R | None:
+    def update(self, id: Any, fn: Callable[[Prototype], Prototype]) -> Prototype | None:
         """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
-    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Prototype | None:
         """Replace the metadata as a whole; None where there is no such record."""
-    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Prototype | None:
         """Set some keys of the metadata and leave the others; None where there is no such record."""
     def delete(self, id: Any) -> bool:
         """Remove the record; False where there was none."""
 
 class Providers:
     """The providers of one namespace, ``db.providers``, newest first."""
-    repository: Repository[R]
-    def get(self, id: Any) -> R | None:
+    repository: Repository[Provider]
+    def get(self, id: Any) -> Provider | None:
         """Return the record, or None; one read."""
     def exists(self, id: Any) -> bool:
         """Whether there is such a record; it is not decoded."""
-    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[R]:
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[Provider]:
         """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
-    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[R]:
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[Provider]:
         """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
-    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[R]:
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[Provider]:
         """Yield every record that `find` would. As `Repository.iterate`."""
     def count(self, **where: Any) -> int:
         """Count the records, all or those that `find` would return; only keys are read."""
@@ -535,11 +541,11 @@ class Providers:
         """Store a new provider, given whole or by its fields; return it as it is stored."""
     def save(self, record: Provider, *, secret: str | None = ...) -> Provider:
         """Store a provider whose id you bring, in place of what is there; return it as it is stored."""
-    def update(self, id: Any, fn: Callable[[R], R]) -> R | None:
+    def update(self, id: Any, fn: Callable[[Provider], Provider]) -> Provider | None:
         """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
-    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Provider | None:
         """Replace the metadata as a whole; None where there is no such record."""
-    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Provider | None:
         """Set some keys of the metadata and leave the others; None where there is no such record."""
     def delete(self, id: Any) -> bool:
         """Remove the record; False where there was none."""
@@ -552,36 +558,36 @@ class Providers:
 
 class RecoveredFiles:
     """The recovered files of one namespace, ``db.recovered_files``; those of an agent, or of one of its paths (``find(agent_id=..., path=...)``), are found oldest first."""
-    repository: Repository[R]
-    def get(self, id: Any) -> R | None:
+    repository: Repository[RecoveredFile]
+    def get(self, id: Any) -> RecoveredFile | None:
         """Return the record, or None; one read."""
     def exists(self, id: Any) -> bool:
         """Whether there is such a record; it is not decoded."""
-    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[R]:
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[RecoveredFile]:
         """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
-    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[R]:
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[RecoveredFile]:
         """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
-    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[R]:
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[RecoveredFile]:
         """Yield every record that `find` would. As `Repository.iterate`."""
     def count(self, **where: Any) -> int:
         """Count the records, all or those that `find` would return; only keys are read."""
-    def create(self, record: R | None = ..., **fields: Any) -> R:
+    def create(self, record: RecoveredFile | None = ..., **fields: Any) -> RecoveredFile:
         """Store a new record, given whole or by its fields; return it as it is stored."""
-    def save(self, record: R) -> R:
+    def save(self, record: RecoveredFile) -> RecoveredFile:
         """Store a record whose id you bring, in place of what is there; return it as it is stored."""
-    def update(self, id: Any, fn: Callable[[R], R]) -> R | None:
+    def update(self, id: Any, fn: Callable[[RecoveredFile], RecoveredFile]) -> RecoveredFile | None:
         """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
-    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> RecoveredFile | None:
         """Replace the metadata as a whole; None where there is no such record."""
-    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> RecoveredFile | None:
         """Set some keys of the metadata and leave the others; None where there is no such record."""
     def delete(self, id: Any) -> bool:
         """Remove the record; False where there was none."""
-    def of(self, parent: str | UUID, *, limit: int | None = ..., reverse: bool = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[R]:
+    def of(self, parent: str | UUID, *, limit: int | None = ..., reverse: bool = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[RecoveredFile]:
         """Return the records below a parent in the order of their keys, all or the first ``limit`` of them."""
     def delete_all(self, parent: str | UUID) -> int:
         """Remove the records below a parent; return how many there were. As `replace_all` by nothing."""
-    def replace_all(self, parent: str | UUID, items: Iterable[R]) -> builtins.list[R]:
+    def replace_all(self, parent: str | UUID, items: Iterable[RecoveredFile]) -> builtins.list[RecoveredFile]:
         """Let ``items`` be all the records below a parent; return them as they are stored."""
 
 class Repository(Generic[R]):
@@ -676,16 +682,16 @@ class Sessions:
 
 class Snapshots:
     """The snapshots of one namespace, ``db.snapshots``; those of an agent are found newest first."""
-    repository: Repository[R]
-    def get(self, id: Any) -> R | None:
+    repository: Repository[Snapshot]
+    def get(self, id: Any) -> Snapshot | None:
         """Return the record, or None; one read."""
     def exists(self, id: Any) -> bool:
         """Whether there is such a record; it is not decoded."""
-    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[R]:
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[Snapshot]:
         """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
-    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[R]:
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[Snapshot]:
         """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
-    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[R]:
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[Snapshot]:
         """Yield every record that `find` would. As `Repository.iterate`."""
     def count(self, **where: Any) -> int:
         """Count the records, all or those that `find` would return; only keys are read."""
@@ -693,19 +699,19 @@ class Snapshots:
         """As `save`, of a new one. ``UniqueConflict``: the agent has a snapshot of this id."""
     def save(self, record: Snapshot) -> Snapshot:
         """Store a snapshot, in place of the agent's snapshot of that id if there is one; return it as stored."""
-    def update(self, id: Any, fn: Callable[[R], R]) -> R | None:
+    def update(self, id: Any, fn: Callable[[Snapshot], Snapshot]) -> Snapshot | None:
         """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
-    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Snapshot | None:
         """Replace the metadata as a whole; None where there is no such record."""
-    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Snapshot | None:
         """Set some keys of the metadata and leave the others; None where there is no such record."""
     def delete(self, id: Any) -> bool:
         """Remove the record; False where there was none."""
-    def of(self, parent: str | UUID, *, limit: int | None = ..., reverse: bool = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[R]:
+    def of(self, parent: str | UUID, *, limit: int | None = ..., reverse: bool = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[Snapshot]:
         """Return the records below a parent in the order of their keys, all or the first ``limit`` of them."""
     def delete_all(self, parent: str | UUID) -> int:
         """Remove the records below a parent; return how many there were. As `replace_all` by nothing."""
-    def replace_all(self, parent: str | UUID, items: Iterable[R]) -> builtins.list[R]:
+    def replace_all(self, parent: str | UUID, items: Iterable[Snapshot]) -> builtins.list[Snapshot]:
         """Let ``items`` be all the records below a parent; return them as they are stored."""
     def messages(self, snapshot: Snapshot) -> builtins.list[Message]:
         """Return what had been said, in order: the snapshot's copy, else its session up to its number."""
@@ -832,8 +838,8 @@ class ToolCalls:
 
 class Traces:
     """The traces of one namespace, ``db.traces``, newest first; the children of one, oldest first."""
-    repository: Repository[R]
-    def get(self, id: Any) -> R | None:
+    repository: Repository[Trace]
+    def get(self, id: Any) -> Trace | None:
         """Return the record, or None; one read."""
     def exists(self, id: Any) -> bool:
         """Whether there is such a record; it is not decoded."""
@@ -845,15 +851,15 @@ class Traces:
         """Yield every trace that `find` would without a limit, 100 in memory at a time."""
     def count(self, *, scan: bool = ..., **where: Any) -> int:
         """Count what `find` would return without a limit; only keys are read where an index answers it."""
-    def create(self, record: R | None = ..., **fields: Any) -> R:
+    def create(self, record: Trace | None = ..., **fields: Any) -> Trace:
         """Store a new record, given whole or by its fields; return it as it is stored."""
-    def save(self, record: R) -> R:
+    def save(self, record: Trace) -> Trace:
         """Store a record whose id you bring, in place of what is there; return it as it is stored."""
-    def update(self, id: Any, fn: Callable[[R], R]) -> R | None:
+    def update(self, id: Any, fn: Callable[[Trace], Trace]) -> Trace | None:
         """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
-    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Trace | None:
         """Replace the metadata as a whole; None where there is no such record."""
-    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Trace | None:
         """Set some keys of the metadata and leave the others; None where there is no such record."""
     def delete(self, id: Any) -> bool:
         """Remove the record; False where there was none."""
@@ -882,34 +888,34 @@ class Watch:
 
 class Windows:
     """The history windows of one namespace, ``db.windows``; those of an agent are found oldest first."""
-    repository: Repository[R]
-    def get(self, id: Any) -> R | None:
+    repository: Repository[HistoryWindow]
+    def get(self, id: Any) -> HistoryWindow | None:
         """Return the record, or None; one read."""
     def exists(self, id: Any) -> bool:
         """Whether there is such a record; it is not decoded."""
-    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[R]:
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[HistoryWindow]:
         """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
-    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[R]:
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[HistoryWindow]:
         """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
-    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[R]:
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[HistoryWindow]:
         """Yield every record that `find` would. As `Repository.iterate`."""
     def count(self, **where: Any) -> int:
         """Count the records, all or those that `find` would return; only keys are read."""
-    def create(self, record: R | None = ..., **fields: Any) -> R:
+    def create(self, record: HistoryWindow | None = ..., **fields: Any) -> HistoryWindow:
         """Store a new record, given whole or by its fields; return it as it is stored."""
-    def save(self, record: R) -> R:
+    def save(self, record: HistoryWindow) -> HistoryWindow:
         """Store a record whose id you bring, in place of what is there; return it as it is stored."""
-    def update(self, id: Any, fn: Callable[[R], R]) -> R | None:
+    def update(self, id: Any, fn: Callable[[HistoryWindow], HistoryWindow]) -> HistoryWindow | None:
         """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
-    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> HistoryWindow | None:
         """Replace the metadata as a whole; None where there is no such record."""
-    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> R | None:
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> HistoryWindow | None:
         """Set some keys of the metadata and leave the others; None where there is no such record."""
     def delete(self, id: Any) -> bool:
         """Remove the record; False where there was none."""
-    def of(self, parent: str | UUID, *, limit: int | None = ..., reverse: bool = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[R]:
+    def of(self, parent: str | UUID, *, limit: int | None = ..., reverse: bool = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[HistoryWindow]:
         """Return the records below a parent in the order of their keys, all or the first ``limit`` of them."""
     def delete_all(self, parent: str | UUID) -> int:
         """Remove the records below a parent; return how many there were. As `replace_all` by nothing."""
-    def replace_all(self, parent: str | UUID, items: Iterable[R]) -> builtins.list[R]:
+    def replace_all(self, parent: str | UUID, items: Iterable[HistoryWindow]) -> builtins.list[HistoryWindow]:
         """Let ``items`` be all the records below a parent; return them as they are stored."""

@@ -426,6 +426,18 @@ async def test_state_of_an_agent_that_is_not_there_is_refused(db: Persistence, d
     assert await driver.everything() == before
 
 
+async def test_a_late_event_makes_no_agent(db: Persistence) -> None:
+    await fill(db, "a")
+    await db.agents.delete("a")
+
+    await db.events.publish("a", "late")
+
+    assert not await db.agents.exists("a")
+    assert (await db.agents.list(), await db.sessions.list()) == ([], [])
+    with pytest.raises(ParentGone):
+        await db.todos.save("a", [])
+
+
 async def test_an_id_used_again_begins_with_nothing(db: Persistence) -> None:
     await fill(db, "a")
     await db.agents.delete("a")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
 from kvpersist import keys
 from kvpersist.agents.collections import Collections
-from kvpersist.agents.content import MORE, TEXT_INDEX, content_types, folded, lookup, text_of
+from kvpersist.agents.content import MORE, TEXT_INDEX, Term, content_types, folded, lookup, text_of
 from kvpersist.agents.queries import (
     Asked,
     Choice,
@@ -168,6 +169,8 @@ class SessionFinder(_Finder[Session]):
                 raise BadRequest(f"{label}={asked[label]!r}: it is a text")
         if isinstance(asked.get("id_prefix"), Range):
             raise BadRequest("id_prefix is a text; for a range of ids ask for id=between(a, b)")
+        if asked.get("id_prefix") == "":
+            del asked["id_prefix"]
         return asked
 
     async def plan(self, asked: Asked) -> Plan[Timed]:
@@ -407,11 +410,13 @@ class MessageFinder(_Finder[Message]):
             query = await self._repository._reader.through(bound, {TEXT_INDEX: MORE})
             if query is None:
                 raise IndexNotReady(self.collection, TEXT_INDEX)
-            ids, complete = await self._looked_up(query, *term, asked.scanned)
+            ids, complete = await self._looked_up(query, term, asked.scanned)
             if await self._repository._reader.unchanged(query):
                 break
         owners = {label: value for label, value in asked.where.items() if label in self._owners}
         tests = self._tests({label: value for label, value in asked.where.items() if label not in owners})
+        if not term.everywhere:  # also of messages that are looked at for having more words than are indexed
+            tests.append(_beginning(text))
         source = passing(_Listed(self._repository, ids, asked.on_corrupt), tests)
         if owners:
             source = Through(source, lambda items: self._owned(items, owners))
@@ -419,11 +424,11 @@ class MessageFinder(_Finder[Message]):
         found = await self.some(asked, limit, plan)
         return Found(found, indexed=True, complete=complete)
 
-    async def _looked_up(self, query: Query, term: str, open_end: bool, most: int) -> tuple[list[str], bool]:
+    async def _looked_up(self, query: Query, term: Term, most: int) -> tuple[list[str], bool]:
         """The keys of messages with a term, or a longer one, or with too many; the newest first. Only keys are read."""
         assert query.slot is not None
         prefix = query.slot.prefix
-        start = prefix + keys.escape(term) + ("" if open_end else "!")
+        start = prefix + keys.escape(term.word) + ("" if term.open else "!")
         times: dict[str, str] = {}
         read = 0
         for low in (start, query.base):
@@ -765,6 +770,11 @@ def _titled(text: str) -> Test:
 def _saying(text: str) -> Test:
     needle = folded(text)
     return lambda message: needle in folded(text_of(message.content))
+
+
+def _beginning(needle: str) -> Test:
+    at_a_word = re.compile(rf"(?<!\w){re.escape(needle)}")
+    return lambda message: at_a_word.search(folded(text_of(message.content))) is not None
 
 
 def _made_of(kind: str) -> Test:

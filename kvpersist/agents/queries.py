@@ -429,7 +429,7 @@ class Finder(ABC, Generic[S, R]):
             at = chunk.at
             if at is None:
                 return
-            if plan.most is not None and passed >= plan.most:
+            if plan.most is not None and passed > plan.most:
                 raise plan.refusal()
 
     async def _gathered(
@@ -460,7 +460,8 @@ class Finder(ABC, Generic[S, R]):
                     at = chunk.at
                     if at is None or len(found) >= wanted:
                         break
-                    if refused := plan.most is not None and passed >= plan.most:
+                    # what will do with a part reads no more; others may find the next record to be the last
+                    if refused := plan.most is not None and passed + asked.partial > plan.most:
                         break
             except Replaced:
                 plan = None

@@ -13,7 +13,7 @@ import kvpersist
 from kvpersist import Index, Message, ToolCallPart, at_least, at_most, between, keys
 from kvpersist.agents.persistence import Persistence
 from kvpersist.agents.records import Approval, ToolCall
-from kvpersist.driver import Put
+from kvpersist.driver import Delete, Put
 from kvpersist.errors import BadCursor, BadRequest, CorruptRecord, IndexNotReady, NoIndex, SchemaChanged
 from kvpersist.testing import ManualClock
 from kvpersist_drivers.memory import MemoryDriver
@@ -169,7 +169,11 @@ async def test_reading_every_session_has_to_be_asked_for(db: Persistence, driver
 
 
 async def test_a_declared_index_answers_what_was_a_scan(driver: Any) -> None:
-    indexes = [Index("metadata.topic", type=str), Index("external_id", unique=True), Index("user_id", order_by="-created_at")]
+    indexes = [
+        Index("metadata.topic", type=str),
+        Index("external_id", unique=True),
+        Index("user_id", order_by="-created_at"),
+    ]
     async with kvpersist.open(driver, session_indexes=indexes) as db:
         await many(db, 3, metadata={"topic": "tea", "n": 1})
         await db.sessions.create(id="x", metadata={"topic": "tea", "n": 2}, external_id="7")
@@ -241,8 +245,7 @@ async def test_a_session_that_moves_while_it_is_read_is_met_once(driver: Any, mo
         up = [s.id async for s in db.sessions.iterate(order="updated_at")]
 
         assert sorted(down) == ["s0", "s1", "s2", "s3"]
-        assert sorted(up)[:3] == ["s0", "s2", "s3"][:0] + sorted(set(up))[:3]
-        assert len(up) == len(set(up))
+        assert sorted(up) == ["s0", "s1", "s2", "s3"]
 
 
 @pytest.mark.parametrize("kind", ["sessions", "messages", "tool_calls"])
@@ -311,7 +314,9 @@ async def test_a_damaged_session_is_passed_over_when_told_to() -> None:
             assert {error.key for error in skipped} == {"kv:session:s01"}
 
 
-async def test_a_query_begins_again_when_its_index_was_replaced(db: Persistence, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_query_begins_again_when_its_index_was_replaced(
+    db: Persistence, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await many(db, 5, user_id="u")
     reader = db._all.sessions._reader
     real = reader.unchanged
@@ -332,7 +337,9 @@ async def test_a_query_begins_again_when_its_index_was_replaced(db: Persistence,
 # ---- messages
 
 
-async def test_one_session_s_messages_are_read_from_its_own_range_in_bounded_memory(db: Persistence, driver: Any) -> None:
+async def test_one_session_s_messages_are_read_from_its_own_range_in_bounded_memory(
+    db: Persistence, driver: Any
+) -> None:
     await db.sessions.create(id="s")
     await db.sessions.create(id="t")
     for session in "st":
@@ -491,14 +498,9 @@ async def test_calls_across_sessions_come_newest_first_and_filters_apply_before_
     assert await found(is_error=True, name="read", limit=1) == [("s1", "read")]
     assert await found(is_error=False, name="read", limit=1, offset=1) == [("s4", "read")]
     assert await found(state="PENDING") == [("s0", "search")]
-    assert await found(created=between(at(2), at(3)), order="asc") == [
-        ("s2", "read"),
-        ("s2", "search"),
-        ("s3", "read"),
-        ("s3", "search"),
-    ] or await found(created=between(at(2), at(3)), order="asc") == (
-        await found(created=between(at(2), at(3)))
-    )[::-1]
+    down = [("s3", "search"), ("s3", "read"), ("s2", "search"), ("s2", "read")]
+    assert await found(created=between(at(2), at(3))) == down
+    assert await found(created=between(at(2), at(3)), order="asc") == down[::-1]
     assert await found("s0") == [("s0", "search"), ("s0", "read"), ("s0", "search")]
     assert await found("s0", order="asc", name="read") == [("s0", "read")]
     assert [call.result for call in await db.tool_calls.find("s1", name="read")] == ["read of s1"]
@@ -568,9 +570,12 @@ async def test_an_index_is_asked_only_when_it_holds_everything() -> None:
         definitions = db._all.sessions._definitions
         known = await definitions.known()
         kept = tuple(each for each in known.definition.indexes if not each.name.startswith("agent_id"))
-        await definitions._write(msgspec.structs.replace(known.definition, indexes=kept), await entry_of(db, definitions.key))
-        for key in [key async for key in keys_of(db, "kv:session#agent_id")]:
-            await db.store._commit((kvpersist.driver.Delete(key),))
+        older = msgspec.structs.replace(known.definition, indexes=kept)
+        [stored] = await db.store._entries([definitions.key])
+        await definitions._write(older, stored)
+        prefix = "kv:session#agent_id"
+        for entry in await db.store._scan(prefix, keys.prefix_end(prefix), limit=10):
+            await db.store._commit((Delete(entry.key),))
     async with kvpersist.open(driver) as db:
         with pytest.raises(IndexNotReady):
             await db.sessions.find(agent_id="a")
@@ -588,13 +593,3 @@ async def test_an_index_is_asked_only_when_it_holds_everything() -> None:
 
         assert {s.id for s in await db.sessions.find(agent_id="a")} == {"s", "t"}
         assert len(await db.messages.find(agent_id="a")) == 1
-
-
-async def entry_of(db: Persistence, key: str) -> Any:
-    [entry] = await db.store._entries([key])
-    return entry
-
-
-async def keys_of(db: Persistence, prefix: str) -> Any:
-    for entry in await db.store._scan(prefix, keys.prefix_end(prefix), limit=1_000):
-        yield entry.key

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kvpersist.log import Log
     from kvpersist.repository import Page, Repository
     from kvpersist.store import Info, Store, Versioned, open_store
+    from kvpersist.sync import open_store_sync, open_sync
     from kvpersist.transaction import Transaction
 
 __all__ = [
@@ -58,6 +59,8 @@ __all__ = [
     "at_most",
     "between",
     "open_store",
+    "open_store_sync",
+    "open_sync",
 ]
 
 __version__ = "0.1.0"
@@ -81,6 +84,7 @@ _HOMES: Final = {
     "kvpersist.log": ("Log",),
     "kvpersist.repository": ("Page", "Repository"),
     "kvpersist.store": ("Info", "Store", "Versioned", "open_store"),
+    "kvpersist.sync": ("open_store_sync", "open_sync"),
     "kvpersist.transaction": ("Transaction",),
 }
 _MODULE_OF: Final = {name: module for module, names in _HOMES.items() for name in names}

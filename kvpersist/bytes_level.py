@@ -126,7 +126,7 @@ class BytesLevel:
         self.capabilities: Capabilities = driver.capabilities
         self.codec: Literal["msgpack", "json"] = codec or self.capabilities.preferred_codec
         self.clock = clock
-        self.where = where or type(driver).__name__
+        self.where: str = where or type(driver).__name__
         if clock is not time.time and isinstance(driver, UsesClock):
             driver.clock = clock
         self.timeout = timeout  # seconds, per call; None: never

@@ -128,9 +128,9 @@ class Lock:
         escaped = keys.escape(name)
         keys.check_key(escaped, keys.ID_LIMIT)
         self.name = name
-        self.ttl = float(ttl)
+        self.ttl: float = float(ttl)
         self.wait = wait
-        self.owner = owner or f"{socket.gethostname()}:{os.getpid()}"
+        self.owner: str = owner or f"{socket.gethostname()}:{os.getpid()}"
         self._store = store
         self._space = space
         self._renew = renew
@@ -277,10 +277,10 @@ class Lease:
     """
 
     def __init__(self, lock: Lock, record: _Record, version: bytes, until: float) -> None:
-        self.name = lock.name
-        self.owner = record.owner
-        self.token = record.token
-        self.expires_at = record.expires_at
+        self.name: str = lock.name
+        self.owner: str = record.owner
+        self.token: int = record.token
+        self.expires_at: float = record.expires_at
         self._lock = lock
         self._store = lock._store
         self._fence = version  # of the token's key: it stays while the lock does not change hands

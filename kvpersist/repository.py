@@ -95,8 +95,8 @@ class Repository(Generic[R]):
                 under 60 on one without atomic batches.
         """
         self.store = store
-        self.name = keys.check_name(name, "collection")
-        self.namespace = keys.namespace(namespace)
+        self.name: str = keys.check_name(name, "collection")
+        self.namespace: str = keys.namespace(namespace)
         if self.namespace == "kvpersist":
             raise BadKey(namespace, "this namespace is the store's own: choose another")
         self.indexes: tuple[BoundIndex, ...] = tuple(bind(index, type) for index in indexes)

@@ -1,0 +1,381 @@
+"""Made by tests/sync/make_types.py from the asynchronous names; see `kvpersist.sync`."""
+
+import builtins
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from kvpersist.agents.records import Message, Session, SessionStat, Stats, TimelineItem, ToolCall
+from kvpersist.agents.tool_calls import Recording
+from kvpersist.changes import Change
+from kvpersist.driver import Absent, Capabilities, Driver
+from kvpersist.errors import CorruptRecord, LargeValue
+from kvpersist.events.records import Claimed, EventEntry, GroupStats, Lag, Parked, TopicStats
+from kvpersist.index.declaration import BoundIndex, Index
+from kvpersist.index.rebuild import Damage, Reindexed
+from kvpersist.lease import Holder
+from kvpersist.repository import Page
+from kvpersist.store import Info, Versioned
+from msgspec import UnsetType
+from os import PathLike
+from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar
+from uuid import UUID
+
+__all__ = ["open_store_sync", "open_sync"]
+
+After: TypeAlias = str | int | dict[str, Any] | None
+Clock: TypeAlias = Callable[[], float]
+Expect: TypeAlias = bytes | Absent
+Handler: TypeAlias = Callable[[EventEntry], object | object]
+OnCorrupt: TypeAlias = Callable[[CorruptRecord], None]
+OnExpired: TypeAlias = Literal['raise', 'skip']
+R = TypeVar('R')
+Where: TypeAlias = str | PathLike[str] | Mapping[str, Any]
+_Sessions: TypeAlias = builtins.list[Session]
+_T = TypeVar('_T')
+
+def open_sync(where: Where | Driver | Store | None = ..., *, namespace: str = ..., session_indexes: Iterable[Index] = ..., message_indexes: Iterable[Index] = ..., tool_call_indexes: Iterable[Index] = ..., events: Mapping[str, Any] | None = ..., codec: Literal['msgpack', 'json'] | None = ..., ttl: float | None | UnsetType = ..., timeout: float | None | UnsetType = ..., clock: Clock = ..., sweep: float | None | UnsetType = ..., **options: Any) -> Persistence:
+    """Open an agent's records; ``with`` it, or close it."""
+def open_store_sync(where: Where | Driver | Store | None = ..., *, codec: Literal['msgpack', 'json'] | None = ..., ttl: float | None | UnsetType = ..., timeout: float | None | UnsetType = ..., clock: Clock = ..., sweep: float | None | UnsetType = ..., **options: Any) -> Store:
+    """Open a store; ``with`` it, or close it."""
+
+class EventGroup:
+    """Consumers that share the events of one topic. Made by `EventQueue.group`."""
+    topic: str
+    name: str
+    def claim(self, consumer: str, n: int = ...) -> builtins.list[Claimed]:
+        """Take up to ``n`` events for ``consumer``: first those whose deadline passed, then new ones."""
+    def ack(self, claimed: Claimed) -> bool:
+        """The event is done; False where it was handed to another meanwhile, or acknowledged."""
+    def release(self, claimed: Claimed, *, delay: float = ..., reason: str = ...) -> bool:
+        """Let the event be handed out again, after ``delay`` seconds; False as for `ack`."""
+    def extend(self, claimed: Claimed, seconds: float | None = ...) -> bool:
+        """Put the deadline off to ``seconds`` from now (None: the group's); False as for `ack`."""
+    def park(self, claimed: Claimed, *, reason: str = ...) -> bool:
+        """Give the event up at once, without further attempts; False as for `ack`."""
+    def consume(self, consumer: str, n: int = ...) -> Iterator[Claimed]:
+        """Yield events as they come, taking ``n`` at a time, until the queue is closed."""
+    def parked(self, limit: int = ..., after: str | None = ...) -> builtins.list[Parked]:
+        """The events that were given up, by position, those behind ``after``."""
+    def retry(self, position: str) -> bool:
+        """Hand a parked event out again, its attempts counted anew; False where it is not parked."""
+    def discard(self, position: str) -> bool:
+        """Remove a parked event; False where it is not parked."""
+    def stats(self) -> GroupStats:
+        """How many events wait, are handed out, and expired before they were: one read."""
+
+class EventQueue:
+    """Topics of ordered events, kept in a store: published once, read by whoever wants, from wherever."""
+    store: Store
+    namespace: str
+    def publish(self, topic: str, event: Any, *, channel: str | None = ..., cursor: str | int | None = ..., bookmark: Any = ...) -> str:
+        """Store ``event`` behind all others of ``topic`` and return its position; then tell those who wait."""
+    def publish_many(self, topic: str, events: Sequence[Any]) -> builtins.list[str]:
+        """Publish ``n`` events in order: ``n`` positions. Up to 500 are one batch, more are cut into several."""
+    def read(self, topic: str, after: After = ..., limit: int = ..., *, channels: str | Collection[str] | None = ..., on_expired: OnExpired = ...) -> builtins.list[EventEntry]:
+        """Return the first ``limit`` events behind ``after``, oldest first."""
+    def subscribe(self, topic: str, after: After = ..., *, consumer: str | None = ..., channels: str | Collection[str] | None = ..., buffer: int = ..., on_expired: OnExpired = ...) -> Subscription:
+        """Return the events behind ``after``, and then each new one, for ``for``."""
+    def on(self, topic: str, handler: Handler, after: After = ..., *, consumer: str | None = ..., channels: str | Collection[str] | None = ...) -> Callable[[], None]:
+        """Call ``handler`` with each event, one after the other; return a function that ends this."""
+    def replay(self, topic: str | None, last_event_id: str | None = ..., *, otherwise: After = ..., channels: str | Collection[str] | None = ..., on_expired: OnExpired = ...) -> Subscription:
+        """Resume a stream at the ``Last-Event-ID`` a client sent: the events behind it, and then each new one."""
+    def ack(self, consumer: str, topic: str, position: After) -> str:
+        """Note that ``consumer`` is done with everything up to ``position``; return how far it has come."""
+    def cursor(self, consumer: str, topic: str) -> str | None:
+        """The position up to which ``consumer`` acknowledged; None: it is not known."""
+    def recover(self, consumer: str, topic: str, limit: int = ..., *, channels: str | Collection[str] | None = ..., on_expired: OnExpired = ...) -> builtins.list[EventEntry]:
+        """Return the first ``limit`` events that ``consumer`` has not acknowledged, oldest first."""
+    def lag(self, consumer: str, topic: str) -> Lag:
+        """How many events wait for ``consumer``, and how many expired before it acknowledged them: two reads."""
+    def consumers(self, topic: str) -> dict[str, str]:
+        """The consumers of a topic, and the position up to which each acknowledged."""
+    def forget(self, consumer: str, topic: str) -> bool:
+        """Forget a consumer's cursor; False where there is none."""
+    def group(self, topic: str, name: str, *, after: After = ..., deadline: float = ..., max_attempts: int = ..., in_flight: int = ..., on_expired: OnExpired = ...) -> EventGroup:
+        """A group of consumers that share the events of a topic: each event goes to one of them."""
+    def topics(self) -> builtins.list[str]:
+        """The topics that ever had an event, in order."""
+    def stats(self, topic: str) -> TopicStats:
+        """What a topic holds: two reads, whatever its length."""
+    def sweep(self) -> int:
+        """Apply retention now; return how many events went."""
+    def close(self) -> None:
+        """End every subscription and the sweeps; a second call does nothing. The store stays open."""
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *problem: object) -> bool | None: ...
+
+class LargeReader:
+    """A value, piece by piece: iterate over it, or `read`."""
+    size: int
+    def read(self, size: int = ...) -> bytes:
+        """Return the next ``size`` bytes, fewer only at the end; -1: all that are left. Raises as iteration does."""
+    def __iter__(self) -> Iterator[bytes]: ...
+    def __next__(self) -> bytes: ...
+
+class LargeWriter:
+    """Takes a value in parts of any size. It is there, whole, when its ``with`` block has ended."""
+    version: bytes | None
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Add ``data``, which may have any size."""
+
+class Lease:
+    """The right to a lock for a time, and to write under it."""
+    name: str
+    owner: str
+    token: int
+    expires_at: float
+    @property
+    def lost(self) -> bool: ...
+    def put(self, key: str, value: Any, *, expect: Expect | None = ..., ttl: float | None = ..., raw: bool = ...) -> bytes:
+        """Store ``value`` as `Store.put` does, if nobody took the lock meanwhile; return its version."""
+    def delete(self, key: str, *, expect: bytes | None = ..., raw: bool = ...) -> bool:
+        """Remove the key as `Store.delete` does, if nobody took the lock meanwhile; False where there was none."""
+    def atomic(self) -> AbstractContextManager[Transaction]:
+        """As `Store.atomic`: one batch at the end of the block, written only if nobody took the lock meanwhile."""
+    def renew(self) -> None:
+        """Let the lease last ``ttl`` seconds from now; one whose time is over too, if nobody took it."""
+    def release(self) -> bool:
+        """Give the lock back; False where somebody else has taken it. A second call does nothing."""
+
+class Lock:
+    """A name that one holder at a time has a lease on. Made by `Store.lock`; nothing is read or written yet."""
+    name: str
+    ttl: float
+    wait: float | None
+    owner: str
+    def acquire(self) -> Lease:
+        """Take the lock, waiting as ``wait`` says, and return the lease; its holder releases it."""
+    def holder(self) -> Holder | None:
+        """Return who holds the lock now, or None."""
+    def __enter__(self) -> Lease: ...
+    def __exit__(self, *problem: object) -> bool | None: ...
+
+class Messages:
+    """The messages of one namespace, ``db.messages``."""
+    def append(self, session_id: str | UUID, message: Message) -> Message:
+        """Append one message; return it as stored, with its number. As `append_many`."""
+    def append_many(self, session_id: str | UUID, messages: Iterable[Message]) -> builtins.list[Message]:
+        """Append a turn: messages, the tool calls they ask for or answer, and the session's counts."""
+    def append_each(self, turns: Mapping[str, Sequence[Message]]) -> dict[str, builtins.list[Message]]:
+        """Append a turn to each of several sessions, together; each turn is one batch of its own."""
+    def get(self, id: str | UUID) -> Message | None:
+        """Return the message of this id, or None; one read through the index."""
+    def at(self, session_id: str | UUID, number: int) -> Message | None:
+        """Return message ``number`` of a session, or None."""
+    def last(self, session_id: str | UUID, n: int) -> builtins.list[Message]:
+        """Return the ``n`` newest messages in chronological order: one range read at any length."""
+    def range(self, session_id: str | UUID, *, after: int = ..., before: int | None = ..., limit: int = ..., reverse: bool = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[Message]:
+        """Return up to ``limit`` messages with ``after < number < before``; ``reverse`` starts at the newest."""
+    def iterate(self, session_id: str | UUID, *, after: int = ..., on_corrupt: OnCorrupt | None = ...) -> Iterator[Message]:
+        """Yield a session's messages in order, 250 in memory at a time; those appended meanwhile too."""
+    def count(self, session_id: str | UUID) -> int:
+        """Count a session's messages, without reading them; 0 where there is no such session."""
+    def find(self, *, limit: int = ..., **where: Any) -> builtins.list[Message]:
+        """Return messages of all sessions through an index given as ``message_indexes=``. As `Repository.find`."""
+    def page(self, *, limit: int = ..., after: str | None = ..., **where: Any) -> Page[Message]:
+        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
+    def update(self, id: str | UUID, fn: Callable[[Message], Message]) -> Message | None:
+        """Replace a message by what ``fn`` makes of it, and return that; None where there is none."""
+    def delete(self, id: str | UUID) -> bool:
+        """Delete a message and the calls it asked for; False where there is none."""
+    def search(self, text: str, *, user_id: str | None = ..., session_id: str | UUID | None = ..., limit: int = ..., scanned: int = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[Message]:
+        """Find messages in whose content ``text`` occurs, in any case, by reading them."""
+
+class Persistence:
+    """Sessions, messages, tool calls and events of one namespace. Made by `open`."""
+    store: Store
+    namespace: str
+    sessions: Sessions
+    messages: Messages
+    tool_calls: ToolCalls
+    events: EventQueue
+    def repository(self, type: builtins.type[R], *, name: str, key: str | tuple[str, ...] = ..., indexes: Iterable[Index] = ..., **options: Any) -> Repository[R]:
+        """Declare a collection of your own in this namespace. As `Repository`."""
+    def atomic(self) -> AbstractContextManager[Transaction]:
+        """As `Store.atomic`: for plain keys and for repositories of your own, by their ``tx=``."""
+    def transact(self, fn: Callable[[Transaction], R], *, attempts: int = ...) -> R:
+        """As `Store.transact`."""
+    def reindex(self, progress: Callable[[int], None] | None = ...) -> dict[str, Reindexed]:
+        """Build the indexes of sessions, messages and calls that were declared over records already there."""
+    def timeline(self, session_id: str | UUID, *, after: int = ..., limit: int = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[TimelineItem]:
+        """Return a session's messages in order, each with the calls it asked for, their results and durations."""
+    def stats(self, *, on_corrupt: OnCorrupt | None = ...) -> Stats:
+        """Count everything in the namespace from the sessions' stats: no message or call is read."""
+    def close(self) -> None:
+        """End what reads events, and close the store if `open` opened it; a second call does nothing."""
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *problem: object) -> bool | None: ...
+
+class Repository(Generic[R]):
+    """Records of one type in one collection of a store."""
+    store: Store
+    name: str
+    namespace: str
+    indexes: tuple[BoundIndex, ...]
+    def get(self, id: Any, *, tx: Transaction | None = ...) -> R | None:
+        """Return the record, or None. ``id``: the key's value, a tuple where it has several fields."""
+    def get_versioned(self, id: Any) -> Versioned[R] | None:
+        """Return the record with its version, for a later ``put(expect=version)``."""
+    def get_many(self, ids: Sequence[Any]) -> builtins.list[R | None]:
+        """Read ``n`` records in one round trip: ``n`` items in the order of ``ids``, None where there is none."""
+    def exists(self, id: Any) -> bool:
+        """Whether there is such a record; it is not decoded."""
+    def insert(self, record: R, *, ttl: float | None = ..., tx: Transaction | None = ...) -> bytes:
+        """Store a record that must not be there yet; return its version."""
+    def put(self, record: R, *, expect: Expect | None = ..., ttl: float | None = ..., tx: Transaction | None = ...) -> bytes:
+        """Store a record and return its version; of several writers, the last one wins."""
+    def update(self, id: Any, fn: Callable[[R], R], *, tx: Transaction | None = ...) -> R | None:
+        """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
+    def delete(self, id: Any, *, expect: bytes | None = ..., tx: Transaction | None = ...) -> bool:
+        """Remove the record and its index entries; False where there was none."""
+    def put_many(self, records: Iterable[R], *, ttl: float | None = ...) -> builtins.list[bytes]:
+        """Store records in atomic batches of 100 and return their versions; not atomic as a whole."""
+    def delete_many(self, ids: Iterable[Any]) -> int:
+        """Remove records side by side, each as `delete` does; return how many there were."""
+    def find(self, *, limit: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[R]:
+        """Return up to ``limit`` records through the index that answers ``where``, in its order."""
+    def first(self, **where: Any) -> R | None:
+        """Return the first record that `find` would, or None."""
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[R]:
+        """Return one page as `find` does, and the cursor that `after` takes for the next."""
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[R]:
+        """Yield every record that `find` would without a limit, 100 in memory at a time."""
+    def count(self, **where: Any) -> int:
+        """Count what `find` would return without a limit; of the whole collection without conditions."""
+    def reindex(self, progress: Callable[[int], None] | None = ...) -> Reindexed:
+        """Build every index that is not readable yet, while others read and write."""
+    def drop_index(self, name: str) -> int:
+        """Forget an index and remove its entries, waiting 60 seconds for readers; return how many there were."""
+    def verify(self, *, repair: bool = ...) -> builtins.list[Damage]:
+        """Compare every record with its index entries, and every entry with its record."""
+
+class Sessions:
+    """The sessions of one namespace, ``db.sessions``."""
+    def create(self, **fields: Any) -> Session:
+        """Create a session of the given fields of `Session`; one commit."""
+    def get(self, id: str | UUID) -> Session | None:
+        """Return the session, or None; one read."""
+    def update(self, id: str | UUID, fn: Callable[[Session], Session]) -> Session | None:
+        """Replace the session by what ``fn`` makes of it, and return that; None where there is none."""
+    def delete(self, id: str | UUID) -> bool:
+        """Delete the session and everything that belongs to it; False where there was none."""
+    def find(self, *, limit: int = ..., **where: Any) -> _Sessions:
+        """Return sessions through an index: ``find(user_id="u1")``, newest first. As `Repository.find`."""
+    def page(self, *, limit: int = ..., after: str | None = ..., **where: Any) -> Page[Session]:
+        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
+    def iterate(self, **where: Any) -> Iterator[Session]:
+        """Yield every session that `find` would; without conditions all of them, newest first."""
+    def list(self, limit: int = ...) -> _Sessions:
+        """Return the newest sessions, newest first."""
+    def recent(self, limit: int = ...) -> _Sessions:
+        """Return the sessions that changed last, newest change first; exact to a second."""
+    def count(self, **where: Any) -> int:
+        """Count the sessions, all or those that `find` would return; only keys are read."""
+    def stat(self, id: str | UUID) -> SessionStat | None:
+        """Return what is counted of a session, None where there is none; one read, no messages."""
+
+class Store:
+    """Plain values under plain text keys, in one event loop."""
+    capabilities: Capabilities
+    codec: Literal['msgpack', 'json']
+    clock: Clock
+    where: str
+    timeout: float | None
+    def sweep(self) -> int:
+        """Remove expired entries now, where the backend does not do it itself; return how many."""
+    def close(self) -> None:
+        """End what is under way and release the backend; a second call does nothing."""
+    def get(self, key: str, default: Any = ...) -> Any:
+        """Return the value at ``key``, or ``default``. Raises CorruptRecord, BadKey, LargeValue."""
+    def get_versioned(self, key: str) -> Versioned[Any] | None:
+        """Return the value with its version, for a later ``put(expect=version)``."""
+    def put(self, key: str, value: Any, *, expect: Expect | None = ..., ttl: float | None = ..., raw: bool = ...) -> bytes:
+        """Store ``value`` and return its version."""
+    def get_raw(self, key: str) -> bytes | None:
+        """Return the bytes that `put_raw` stored, or the encoded payload of another value."""
+    def put_raw(self, key: str, value: bytes, *, expect: Expect | None = ..., ttl: float | None = ..., raw: bool = ...) -> bytes:
+        """Store bytes as they are, framed and checksummed; otherwise as `put`."""
+    def open_write(self, key: str, *, expect: Expect | None = ..., ttl: float | None = ...) -> AbstractContextManager[LargeWriter]:
+        """Store bytes that come in parts, whole when the block ends, or not at all."""
+    def open_read(self, key: str) -> AbstractContextManager[LargeReader | None]:
+        """Read bytes in parts of at most 256 KiB; None where there is no such key."""
+    def has(self, key: str) -> bool:
+        """Whether there is a live entry; its value is not read."""
+    def info(self, key: str) -> Info | None:
+        """Return version and expiry without reading the value."""
+    def touch(self, key: str, ttl: float | None = ...) -> bool:
+        """Give the entry a new time to live, keeping its value; False where there is none."""
+    def delete(self, key: str, *, expect: bytes | None = ..., raw: bool = ...) -> bool:
+        """Remove the key; False where there was none. Raises Conflict when ``expect`` is not there."""
+    def get_many(self, keys: Sequence[str]) -> builtins.list[Any]:
+        """Read ``n`` keys in one call: ``n`` values in their order, None where there is none. Raises as `get`."""
+    def has_many(self, keys: Sequence[str]) -> builtins.list[bool]:
+        """Whether each of ``n`` keys has a live entry, in one call."""
+    def put_many(self, items: Mapping[str, Any], *, ttl: float | None = ..., raw: bool = ...) -> None:
+        """Store many values, in atomic batches of 100; not atomic as a whole."""
+    def delete_many(self, keys: Iterable[str], *, raw: bool = ...) -> int:
+        """Remove many keys, in atomic batches of 100; return how many there were."""
+    def clear(self, prefix: str, *, raw: bool = ...) -> int:
+        """Remove every key that starts with ``prefix``; return how many there were."""
+    def scan(self, prefix: str = ..., *, start: str | None = ..., end: str | None = ..., reverse: bool = ..., page: int = ..., on_corrupt: Callable[[CorruptRecord], None] | None = ..., on_large: Callable[[LargeValue], None] | None = ...) -> Iterator[tuple[str, Any]]:
+        """Yield ``(key, value)`` below ``prefix`` in key order, ``page`` entries a round trip."""
+    def keys(self, prefix: str = ..., max_depth: int | None = ..., *, raw: bool = ...) -> Iterator[str]:
+        """Yield the keys below ``prefix`` in order, without values."""
+    def snapshot(self, prefix: str = ...) -> dict[str, Any]:
+        """Return all values below ``prefix``, the prefix cut off their keys; for `restore`. Raises LargeValue."""
+    def restore(self, snapshot: Mapping[str, Any], prefix: str = ...) -> None:
+        """Write what `snapshot` returned below ``prefix``; other keys stay."""
+    def watch(self, prefix: str | Sequence[str], *, collapse: float | None = ..., interval: float | None = ..., buffer: int = ...) -> Watch:
+        """Iterate over what changes below ``prefix``, or of a list of keys, whoever changes it."""
+    def atomic(self) -> AbstractContextManager[Transaction]:
+        """Buffer writes and commit them as one batch at the end of the block."""
+    def transact(self, fn: Callable[[Transaction], _T], *, attempts: int = ...) -> _T:
+        """Run ``fn`` inside `atomic`, again with full jitter when another writer came first."""
+    def lock(self, name: str, *, ttl: float = ..., wait: float | None = ..., namespace: str = ..., owner: str | None = ..., renew: bool = ...) -> Lock:
+        """Return a lock to ``with``; what is inside has a `Lease`, also to write under."""
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *problem: object) -> bool | None: ...
+
+class Subscription:
+    """The events of a topic in order, those there are and then those to come. Made by `EventQueue.subscribe`."""
+    topic: str
+    @property
+    def position(self) -> str | None: ...
+    def close(self) -> None:
+        """End the iteration, also one that waits; a second call does nothing."""
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *problem: object) -> bool | None: ...
+    def __iter__(self) -> Iterator[EventEntry]: ...
+    def __next__(self) -> EventEntry: ...
+
+class ToolCalls:
+    """The tool calls of one namespace, ``db.tool_calls``."""
+    def get(self, session_id: str | UUID, number: int, position: int) -> ToolCall | None:
+        """Return the call at ``position`` (from 0) of message ``number``, or None."""
+    def of(self, session_id: str | UUID, *, after: int = ..., before: int | None = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[ToolCall]:
+        """Return the calls of a session in the order they were asked for, by messages between two numbers."""
+    def find(self, *, limit: int = ..., **where: Any) -> builtins.list[ToolCall]:
+        """Return calls of all sessions, newest first: ``find(name="search")``, ``find(is_error=True)``."""
+    def page(self, *, limit: int = ..., after: str | None = ..., **where: Any) -> Page[ToolCall]:
+        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
+    def count(self, **where: Any) -> int:
+        """Count the calls, all or those that `find` would return; only keys are read."""
+    def record(self, session_id: str | UUID, name: str, arguments: Any = ..., *, call_id: str | None = ...) -> AbstractContextManager[Recording]:
+        """Record a call that no message asks for: begun here, ended with the block."""
+
+class Transaction:
+    """Buffered writes of one `Store.atomic` block; what is read here is checked at the commit."""
+    def get(self, key: str, default: Any = ...) -> Any:
+        """As `Store.get`, and the block fails at its end if somebody changes it meanwhile."""
+    def put(self, key: str, value: Any, *, ttl: float | None = ..., raw: bool = ...) -> None:
+        """Store ``value`` at the end of the block."""
+    def delete(self, key: str, *, raw: bool = ...) -> None:
+        """Remove the key at the end of the block."""
+
+class Watch:
+    """An iteration over changes; `Store.watch` makes it."""
+    def close(self) -> None:
+        """End the iteration; a second call does nothing."""
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *problem: object) -> bool | None: ...
+    def __iter__(self) -> Iterator[Change]: ...
+    def __next__(self) -> Change: ...

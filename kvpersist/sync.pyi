@@ -3,6 +3,7 @@
 import builtins
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from kvpersist.agents.queries import Found
 from kvpersist.agents.records import Message, Session, SessionStat, Stats, TimelineItem, ToolCall
 from kvpersist.agents.tool_calls import Recording
 from kvpersist.changes import Change
@@ -32,7 +33,7 @@ Where: TypeAlias = str | PathLike[str] | Mapping[str, Any]
 _Sessions: TypeAlias = builtins.list[Session]
 _T = TypeVar('_T')
 
-def open_sync(where: Where | Driver | Store | None = ..., *, namespace: str = ..., session_indexes: Iterable[Index] = ..., message_indexes: Iterable[Index] = ..., tool_call_indexes: Iterable[Index] = ..., events: Mapping[str, Any] | None = ..., codec: Literal['msgpack', 'json'] | None = ..., ttl: float | None | UnsetType = ..., timeout: float | None | UnsetType = ..., clock: Clock = ..., sweep: float | None | UnsetType = ..., **options: Any) -> Persistence:
+def open_sync(where: Where | Driver | Store | None = ..., *, namespace: str = ..., session_indexes: Iterable[Index] = ..., message_indexes: Iterable[Index] = ..., tool_call_indexes: Iterable[Index] = ..., text_index: bool = ..., events: Mapping[str, Any] | None = ..., codec: Literal['msgpack', 'json'] | None = ..., ttl: float | None | UnsetType = ..., timeout: float | None | UnsetType = ..., clock: Clock = ..., sweep: float | None | UnsetType = ..., **options: Any) -> Persistence:
     """Open an agent's records; ``with`` it, or close it."""
 def open_store_sync(where: Where | Driver | Store | None = ..., *, codec: Literal['msgpack', 'json'] | None = ..., ttl: float | None | UnsetType = ..., timeout: float | None | UnsetType = ..., clock: Clock = ..., sweep: float | None | UnsetType = ..., **options: Any) -> Store:
     """Open a store; ``with`` it, or close it."""
@@ -165,20 +166,20 @@ class Messages:
         """Return the ``n`` newest messages in chronological order: one range read at any length."""
     def range(self, session_id: str | UUID, *, after: int = ..., before: int | None = ..., limit: int = ..., reverse: bool = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[Message]:
         """Return up to ``limit`` messages with ``after < number < before``; ``reverse`` starts at the newest."""
-    def iterate(self, session_id: str | UUID, *, after: int = ..., on_corrupt: OnCorrupt | None = ...) -> Iterator[Message]:
-        """Yield a session's messages in order, 250 in memory at a time; those appended meanwhile too."""
-    def count(self, session_id: str | UUID) -> int:
-        """Count a session's messages, without reading them; 0 where there is no such session."""
-    def find(self, *, limit: int = ..., **where: Any) -> builtins.list[Message]:
-        """Return messages of all sessions through an index given as ``message_indexes=``. As `Repository.find`."""
-    def page(self, *, limit: int = ..., after: str | None = ..., **where: Any) -> Page[Message]:
-        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
+    def iterate(self, session_id: str | UUID | None = ..., *, after: int = ..., order: str | None = ..., scanned: int = ..., scan: bool = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[Message]:
+        """Yield every message that `find` would, 250 in memory at a time."""
+    def count(self, session_id: str | UUID | None = ..., *, scanned: int = ..., scan: bool = ..., **where: Any) -> int:
+        """Count a session's messages, or those that `find` would return; 0 where there is no such session."""
+    def find(self, session_id: str | UUID | None = ..., *, limit: int = ..., offset: int = ..., order: str | None = ..., scanned: int = ..., scan: bool = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[Message]:
+        """Return up to ``limit`` messages: ``find(session_id, role="user")``, ``find(user_id="u1", text="tea")``."""
+    def page(self, session_id: str | UUID | None = ..., *, limit: int = ..., offset: int = ..., after: str | None = ..., order: str | None = ..., scanned: int = ..., scan: bool = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[Message]:
+        """Return one page as `find` does, and the cursor that ``after`` takes for the next."""
     def update(self, id: str | UUID, fn: Callable[[Message], Message]) -> Message | None:
         """Replace a message by what ``fn`` makes of it, and return that; None where there is none."""
     def delete(self, id: str | UUID) -> bool:
         """Delete a message and the calls it asked for; False where there is none."""
-    def search(self, text: str, *, user_id: str | None = ..., session_id: str | UUID | None = ..., limit: int = ..., scanned: int = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[Message]:
-        """Find messages in whose content ``text`` occurs, in any case, by reading them."""
+    def search(self, text: str, *, user_id: str | None = ..., session_id: str | UUID | None = ..., limit: int = ..., scanned: int = ..., on_corrupt: OnCorrupt | None = ...) -> Found[Message]:
+        """Find messages in whose content ``text`` occurs, in any case."""
 
 class Persistence:
     """Sessions, messages, tool calls and events of one namespace. Made by `open`."""
@@ -198,8 +199,8 @@ class Persistence:
         """Build the indexes of sessions, messages and calls that were declared over records already there."""
     def timeline(self, session_id: str | UUID, *, after: int = ..., limit: int = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[TimelineItem]:
         """Return a session's messages in order, each with the calls it asked for, their results and durations."""
-    def stats(self, *, on_corrupt: OnCorrupt | None = ...) -> Stats:
-        """Count everything in the namespace from the sessions' stats: no message or call is read."""
+    def stats(self, *, user_id: str | UUID | None = ..., agent_id: str | UUID | None = ..., session_id: str | UUID | None = ..., on_corrupt: OnCorrupt | None = ...) -> Stats:
+        """Count what the namespace holds, or what belongs to a user, an agent or one session."""
     def close(self) -> None:
         """End what reads events, and close the store if `open` opened it; a second call does nothing."""
     def __enter__(self) -> Self: ...
@@ -258,18 +259,18 @@ class Sessions:
         """Replace the session by what ``fn`` makes of it, and return that; None where there is none."""
     def delete(self, id: str | UUID) -> bool:
         """Delete the session and everything that belongs to it; False where there was none."""
-    def find(self, *, limit: int = ..., **where: Any) -> _Sessions:
-        """Return sessions through an index: ``find(user_id="u1")``, newest first. As `Repository.find`."""
-    def page(self, *, limit: int = ..., after: str | None = ..., **where: Any) -> Page[Session]:
-        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
-    def iterate(self, **where: Any) -> Iterator[Session]:
-        """Yield every session that `find` would; without conditions all of them, newest first."""
+    def find(self, *, limit: int = ..., offset: int = ..., order: str | None = ..., scanned: int = ..., scan: bool = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> _Sessions:
+        """Return up to ``limit`` sessions: ``find(user_id="u1", created=at_least(monday))``."""
+    def page(self, *, limit: int = ..., offset: int = ..., after: str | None = ..., order: str | None = ..., scanned: int = ..., scan: bool = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[Session]:
+        """Return one page as `find` does, and the cursor that ``after`` takes for the next."""
+    def iterate(self, *, order: str | None = ..., scanned: int = ..., scan: bool = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[Session]:
+        """Yield every session that `find` would, 250 in memory at a time; without conditions all, newest first."""
     def list(self, limit: int = ...) -> _Sessions:
         """Return the newest sessions, newest first."""
     def recent(self, limit: int = ...) -> _Sessions:
         """Return the sessions that changed last, newest change first; exact to a second."""
-    def count(self, **where: Any) -> int:
-        """Count the sessions, all or those that `find` would return; only keys are read."""
+    def count(self, *, scanned: int = ..., scan: bool = ..., **where: Any) -> int:
+        """Count the sessions, all or those that `find` would return; only keys are read where an index answers all."""
     def stat(self, id: str | UUID) -> SessionStat | None:
         """Return what is counted of a session, None where there is none; one read, no messages."""
 
@@ -353,12 +354,14 @@ class ToolCalls:
         """Return the call at ``position`` (from 0) of message ``number``, or None."""
     def of(self, session_id: str | UUID, *, after: int = ..., before: int | None = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[ToolCall]:
         """Return the calls of a session in the order they were asked for, by messages between two numbers."""
-    def find(self, *, limit: int = ..., **where: Any) -> builtins.list[ToolCall]:
-        """Return calls of all sessions, newest first: ``find(name="search")``, ``find(is_error=True)``."""
-    def page(self, *, limit: int = ..., after: str | None = ..., **where: Any) -> Page[ToolCall]:
-        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
-    def count(self, **where: Any) -> int:
-        """Count the calls, all or those that `find` would return; only keys are read."""
+    def find(self, session_id: str | UUID | None = ..., *, limit: int = ..., offset: int = ..., order: str | None = ..., scanned: int = ..., scan: bool = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[ToolCall]:
+        """Return up to ``limit`` calls, newest first: ``find(name="search")``, ``find(session_id, is_error=True)``."""
+    def page(self, session_id: str | UUID | None = ..., *, limit: int = ..., offset: int = ..., after: str | None = ..., order: str | None = ..., scanned: int = ..., scan: bool = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[ToolCall]:
+        """Return one page as `find` does, and the cursor that ``after`` takes for the next."""
+    def iterate(self, session_id: str | UUID | None = ..., *, order: str | None = ..., scanned: int = ..., scan: bool = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[ToolCall]:
+        """Yield every call that `find` would, about 250 in memory at a time."""
+    def count(self, session_id: str | UUID | None = ..., *, scanned: int = ..., scan: bool = ..., **where: Any) -> int:
+        """Count the calls, all or those that `find` would return; only keys are read where an index answers all."""
     def record(self, session_id: str | UUID, name: str, arguments: Any = ..., *, call_id: str | None = ...) -> AbstractContextManager[Recording]:
         """Record a call that no message asks for: begun here, ended with the block."""
 

@@ -177,7 +177,7 @@ def terms(message: Message) -> tuple[str, ...]:
 def text_index() -> Index:
     """Return an index of the words in messages, for ``message_indexes=``; ``open(text_index=True)`` adds it.
 
-    `Messages.search` goes through it. Every process that writes messages has to declare it.
+    `Messages.search` goes through it. Once one process has declared it, every other one keeps it up.
     """
     return Index(terms, name=TEXT_INDEX, multi=True, order_by="-created_at", version=_RULES)
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
 from kvpersist import keys
 from kvpersist.agents.collections import Collections
-from kvpersist.agents.content import MORE, TEXT_INDEX, Term, content_types, folded, lookup, text_of
+from kvpersist.agents.content import MORE, TEXT_INDEX, Term, content_types, folded, lookup, text_index, text_of
 from kvpersist.agents.queries import (
     Asked,
     Choice,
@@ -36,7 +36,7 @@ from kvpersist.agents.records import ROLES, TOOL_CALL_STATES, Message, Session, 
 from kvpersist.agents.stat import Stat
 from kvpersist.agents.turns import EXACT
 from kvpersist.errors import BadRequest, IndexNotReady, KvError, NoIndex
-from kvpersist.index import Index
+from kvpersist.index import Index, bind
 from kvpersist.index.declaration import Range
 from kvpersist.index.reads import OnCorrupt, Query, decoded
 from kvpersist.index.writer import live
@@ -368,6 +368,8 @@ class MessageFinder(_Finder[Message]):
         super().__init__(collections, collections.messages)
         self._sessions = sessions
         self._last_number = last_number
+        self._words = bind(text_index(), Message)  # kept up by every process, once one has declared it
+        collections.messages._definitions.adopt(self._words)
         declared = {part.label for bound in collections.messages.indexes for part in bound.parts}
         self._owners = tuple(owner for owner in OWNERS if owner not in declared)
 
@@ -403,11 +405,11 @@ class MessageFinder(_Finder[Message]):
         """Find messages of all sessions, or of an owner's, by a text: through the index of words if there is one."""
         text = folded(asked.where["text"])
         term = lookup(text)
-        [bound] = [each for each in self._repository.indexes if each.name == TEXT_INDEX] or [None]
-        if bound is None or term is None:
-            return await self.some(asked, limit)
+        declared = any(bound.name == TEXT_INDEX for bound in self._repository.indexes)
         while True:
-            query = await self._repository._reader.through(bound, {TEXT_INDEX: MORE})
+            query = None if term is None else await self._repository._reader.through(self._words, {TEXT_INDEX: MORE})
+            if term is None or (query is None and not declared):
+                return await self.some(asked, limit)
             if query is None:
                 raise IndexNotReady(self.collection, TEXT_INDEX)
             ids, complete = await self._looked_up(query, term, asked.scanned)

@@ -276,8 +276,8 @@ def open(
             user's data folder.
         namespace: a tenant or application; namespaces of one store do not see each other.
         session_indexes, message_indexes, tool_call_indexes: indexes beyond the usual ones.
-        text_index: keep an index of the words in messages, for `Messages.search`; then every process
-            that writes messages has to.
+        text_index: keep an index of the words in messages, for `Messages.search`; other processes keep
+            it up without saying so.
         events: settings of ``db.events``, such as ``{"retention": 7 * 86_400}``, as for `EventQueue`.
         codec, ttl, timeout, clock, sweep: as for `open_store`. ``ttl`` is for plain keys, and for
             repositories of your own: sessions and what belongs to them do not expire.

@@ -168,7 +168,7 @@ class Merged(Source[R]):
 
     async def read(self, after: str | None, limit: int) -> Chunk[R]:
         """As `Source.read`: all sources side by side, as far as each of them is known."""
-        chunks = await asyncio.gather(*[source.read(after, limit) for source in self._sources])
+        chunks = await _together([source.read(after, limit) for source in self._sources])
         ends = [chunk.at for chunk in chunks if chunk.at is not None]
         end = (max if self._reverse else min)(ends, default=None)  # behind it something may be unread
         items = [item for chunk in chunks for item in chunk.items]
@@ -214,7 +214,7 @@ class Nested(Source[R]):
                 read += await self._fill()
                 continue
             batch = self._queue[: self._width]
-            chunks = await asyncio.gather(*[source.read(start, limit - read) for _, source, start in batch])
+            chunks = await _together([source.read(start, limit - read) for _, source, start in batch])
             whole = True
             for (parent, source, start), chunk in zip(batch, chunks, strict=True):
                 kept, at = chunk.items[: limit - read], chunk.at
@@ -646,6 +646,15 @@ def _opened(tag: bytes, cursor: str) -> str:
     if seal != blake2b(position, key=tag, digest_size=_SEAL).digest():
         raise BadCursor(cursor)
     return text
+
+
+async def _together(reads: Iterable[Awaitable[S]]) -> list[S]:
+    """Read side by side; an error is raised once all have ended."""
+    answers = await asyncio.gather(*reads, return_exceptions=True)
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise answer
+    return cast("list[S]", answers)
 
 
 def _position(item: tuple[str, Any]) -> str:

@@ -35,7 +35,7 @@ from kvpersist.agents.queries import (
 from kvpersist.agents.records import ROLES, TOOL_CALL_STATES, Message, Session, ToolCall
 from kvpersist.agents.stat import Stat
 from kvpersist.agents.turns import EXACT
-from kvpersist.errors import BadRequest, IndexNotReady, KvError, NoIndex
+from kvpersist.errors import BadRequest, CorruptRecord, IndexNotReady, KvError, NoIndex
 from kvpersist.index import Index, bind
 from kvpersist.index.declaration import Range
 from kvpersist.index.reads import OnCorrupt, Query, decoded
@@ -244,7 +244,14 @@ class SessionFinder(_Finder[Session]):
         """
         prefix = self._all.stat_prefix
         entries = await self._store._entries([prefix + part for part in parts])
-        return [next(decoded(self._all.stats, (entry,), _passed_over), None) if entry else None for entry in entries]
+        decode = self._all.stats.decode
+        found: list[Stat | None] = []
+        for entry in entries:
+            try:
+                found.append(None if entry is None else decode(entry.key, entry.value))
+            except CorruptRecord:
+                found.append(None)
+        return found
 
     async def _chosen(self, where: Where, order: str | None) -> tuple[Chosen, str | None]:
         prefix = self._all.session_prefix
@@ -343,6 +350,8 @@ class _Updated(Source[Timed]):
         page = await every.store._scan(start, end, limit=limit, reverse=self._reverse, deref=every.session_prefix)
         stats = await self._stats([entry.value.decode() for entry in page]) if page else ()
         items: list[tuple[str, Timed]] = []
+        begin = len(query.base)
+        decode = every.sessions._codec.decode
         for entry, stat in zip(page, stats, strict=True):
             target, part = live(entry.target), entry.value.decode()
             if target is None or stat is None or stat.indexed_at is None:
@@ -350,9 +359,15 @@ class _Updated(Source[Timed]):
             now = every.updated_key(part, stat.indexed_at)
             if entry.key != now and (not self._atomic or (now < entry.key) is self._reverse):
                 continue  # a crash left it; or it moved since the scan, to where it will be met
-            for session in decoded(every.sessions._codec, (target,), self._on_corrupt):
-                session.updated_at = stat.updated_at
-                items.append((entry.key[len(query.base) :], Timed(session, stat)))
+            try:
+                session = decode(target.key, target.value)
+            except CorruptRecord as error:
+                if self._on_corrupt is None:
+                    raise
+                self._on_corrupt(error)
+                continue
+            session.updated_at = stat.updated_at
+            items.append((entry.key[begin:], Timed(session, stat)))
         return Chunk(items, len(page), page[-1].key[len(query.base) :] if len(page) == limit else None)
 
 
@@ -805,10 +820,6 @@ _MESSAGE_TESTS: Final[dict[str, Callable[[Any], Test]]] = {
     "has_tool_calls": _calling,
 }
 _CALL_TESTS: Final[dict[str, Callable[[Any], Test]]] = {"has_approval": _approved, "decision": _decided}
-
-
-def _passed_over(_: object) -> None:
-    """A damaged stat is told of by `Persistence.stats`."""
 
 
 def _never(_: object) -> bool:

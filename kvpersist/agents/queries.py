@@ -604,6 +604,8 @@ def best(indexes: Sequence[BoundIndex], where: Mapping[str, Any], order: str | N
     choices: list[tuple[tuple[int, int, int, int], int, Choice]] = []
     for at, bound in enumerate(indexes):
         parts, fields = bound.parts, bound.fields
+        if fields and parts[0].label not in where:
+            continue
         used: Where = {}
         for part in parts:
             if part.label not in where or isinstance(where[part.label], Range):
@@ -617,8 +619,6 @@ def best(indexes: Sequence[BoundIndex], where: Mapping[str, Any], order: str | N
             continue  # records are missing there, or occur several times
         if any(isinstance(value, (dict, list)) for value in used.values()):
             continue  # contained in something: no index tells
-        if not used and fields:
-            continue
         by = parts[equals] if equals < len(parts) else None
         label = "id" if by is None else by.label
         choice = Choice(bound, used, label, by is not None and by.descending)

@@ -206,12 +206,14 @@ class Nested(Source[R]):
         if not self._begun:
             self._begin(after)
         items: list[tuple[str, R]] = []
-        read = 0
+        read = passed = 0
         while read < limit:
             if not self._queue:
                 if self._ended:
-                    return Chunk(items, read, None)
-                read += await self._fill()
+                    return Chunk(items, read + passed, None)
+                if passed >= limit:  # parents that are none of those asked for
+                    return Chunk(items, read + passed, self._known)
+                passed += await self._fill()
                 continue
             batch = self._queue[: self._width]
             chunks = await _together([source.read(start, limit - read) for _, source, start in batch])
@@ -231,8 +233,8 @@ class Nested(Source[R]):
             self._width = min(_WIDTH, 2 * self._width) if whole else 1
         if self._queue and self._queue[0][2] is not None:
             parent, _, at = self._queue[0]
-            return Chunk(items, read, f"{parent}#{at}")
-        return Chunk(items, read, self._behind if self._behind is not None else self._known)
+            return Chunk(items, read + passed, f"{parent}#{at}")
+        return Chunk(items, read + passed, self._behind)
 
     def _begin(self, after: str | None) -> None:
         self._begun = True

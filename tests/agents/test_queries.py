@@ -394,6 +394,29 @@ async def test_messages_of_a_user_come_session_by_session(db: Persistence, drive
     assert len(await found(role="user", scan=True)) == 15
 
 
+async def test_messages_of_the_last_of_many_sessions_are_found(db: Persistence) -> None:
+    for n in range(260):
+        await db.sessions.create(id=f"s{n:03}", user_id="u", agent_id="a" if n in (0, 130) else "b", created_at=at(n))
+    for session in ("s000", "s130"):
+        await db.messages.append_many(session, [Message("user", f"{session} {n}") for n in range(3)])
+
+    expected = [f"s130 {n}" for n in (2, 1, 0)] + [f"s000 {n}" for n in (2, 1, 0)]
+    for limit in (1, 2, 5, 100):
+        paged: list[Any] = []
+        cursor: str | None = None
+        while True:
+            page = await db.messages.page(user_id="u", agent_id="a", limit=limit, after=cursor, scanned=50)
+            paged += [message.content for message in page.items]
+            cursor = page.cursor
+            if cursor is None:
+                break
+        assert paged == expected
+        found = await db.messages.find(user_id="u", agent_id="a", limit=limit)
+        assert [message.content for message in found] == expected[:limit]
+    assert await db.messages.count(user_id="u", agent_id="a", role="user") == 6
+    assert [m.content async for m in db.messages.iterate(user_id="u", order="asc", agent_id="a")] == expected[::-1]
+
+
 async def test_an_index_of_messages_answers_in_time_order_and_its_owners_are_the_messages_own(driver: Any) -> None:
     indexes = [Index("agent_id", order_by="-created_at"), Index("role", order_by="-created_at")]
     async with kvpersist.open(driver, message_indexes=indexes) as db:

@@ -43,7 +43,16 @@ from kvpersist.index.writer import live
 from kvpersist.log import read_range
 from kvpersist.repository import Repository
 
-__all__ = ["OWNERS", "SESSION_INDEXES", "SESSION_ORDERS", "CallFinder", "MessageFinder", "SessionFinder", "Timed"]
+__all__ = [
+    "OWNERS",
+    "SESSION_INDEXES",
+    "SESSION_ORDERS",
+    "CallFinder",
+    "Chosen",
+    "MessageFinder",
+    "SessionFinder",
+    "Timed",
+]
 
 R = TypeVar("R")
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 from kvpersist.agents.records import Message
 from kvpersist.index import Index
@@ -29,6 +29,7 @@ __all__ = [
     "CONTENT_TYPES",
     "MORE",
     "TEXT_INDEX",
+    "Term",
     "content_types",
     "folded",
     "lookup",
@@ -176,23 +177,34 @@ def terms(message: Message) -> tuple[str, ...]:
 def text_index() -> Index:
     """Return an index of the words in messages, for ``message_indexes=``; ``open(text_index=True)`` adds it.
 
-    `Messages.search` goes through it. Every process that writes messages has to declare it.
+    `Messages.search` goes through it. Once one process has declared it, every other one keeps it up.
     """
     return Index(terms, name=TEXT_INDEX, multi=True, order_by="-created_at", version=_RULES)
 
 
-def lookup(text: str) -> tuple[str, bool] | None:
-    """Return the term by which a folded text is looked up, and whether a word may go on behind it.
+class Term(NamedTuple):
+    """What a text is looked up by in the index of words.
 
-    None: there is no word in it. Where there are several, not the first, which may stand at the end
-    of a longer one: so nothing is missed.
+    ``open``: a longer word may begin with it. ``everywhere``: wherever the text occurs, this word
+    begins there; otherwise the text may occur inside of a word, where the index does not tell.
+    """
+
+    word: str
+    open: bool
+    everywhere: bool
+
+
+def lookup(text: str) -> Term | None:
+    """Return how a folded text is looked up: by its longest word, but for the first, if it has others.
+
+    None: there is no word in it.
     """
     found = list(_WORD.finditer(text))
     if not found:
         return None
-    sure = [each for each in found if each.start() > 0] or found
-    best = max(sure, key=lambda each: min(len(each[0]), _LONGEST))
-    return best[0][:_LONGEST], best.end() == len(text) or len(best[0]) >= _LONGEST
+    sure = [each for each in found if each.start() > 0]
+    best = max(sure or found, key=lambda each: min(len(each[0]), _LONGEST))
+    return Term(best[0][:_LONGEST], best.end() == len(text) or len(best[0]) >= _LONGEST, bool(sure))
 
 
 def _types(content: Any) -> Iterator[str]:

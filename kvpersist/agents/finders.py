@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
 from kvpersist import keys
 from kvpersist.agents.collections import Collections
-from kvpersist.agents.content import MORE, TEXT_INDEX, content_types, folded, lookup, text_of
+from kvpersist.agents.content import MORE, TEXT_INDEX, Term, content_types, folded, lookup, text_index, text_of
 from kvpersist.agents.queries import (
     Asked,
     Choice,
@@ -34,15 +35,24 @@ from kvpersist.agents.queries import (
 from kvpersist.agents.records import ROLES, TOOL_CALL_STATES, Message, Session, ToolCall
 from kvpersist.agents.stat import Stat
 from kvpersist.agents.turns import EXACT
-from kvpersist.errors import BadRequest, IndexNotReady, KvError, NoIndex
-from kvpersist.index import Index
+from kvpersist.errors import BadRequest, CorruptRecord, IndexNotReady, KvError, NoIndex
+from kvpersist.index import Index, bind
 from kvpersist.index.declaration import Range
 from kvpersist.index.reads import OnCorrupt, Query, decoded
 from kvpersist.index.writer import live
 from kvpersist.log import read_range
 from kvpersist.repository import Repository
 
-__all__ = ["OWNERS", "SESSION_INDEXES", "SESSION_ORDERS", "CallFinder", "MessageFinder", "SessionFinder", "Timed"]
+__all__ = [
+    "OWNERS",
+    "SESSION_INDEXES",
+    "SESSION_ORDERS",
+    "CallFinder",
+    "Chosen",
+    "MessageFinder",
+    "SessionFinder",
+    "Timed",
+]
 
 R = TypeVar("R")
 
@@ -168,6 +178,8 @@ class SessionFinder(_Finder[Session]):
                 raise BadRequest(f"{label}={asked[label]!r}: it is a text")
         if isinstance(asked.get("id_prefix"), Range):
             raise BadRequest("id_prefix is a text; for a range of ids ask for id=between(a, b)")
+        if asked.get("id_prefix") == "":
+            del asked["id_prefix"]
         return asked
 
     async def plan(self, asked: Asked) -> Plan[Timed]:
@@ -241,7 +253,14 @@ class SessionFinder(_Finder[Session]):
         """
         prefix = self._all.stat_prefix
         entries = await self._store._entries([prefix + part for part in parts])
-        return [next(decoded(self._all.stats, (entry,), _passed_over), None) if entry else None for entry in entries]
+        decode = self._all.stats.decode
+        found: list[Stat | None] = []
+        for entry in entries:
+            try:
+                found.append(None if entry is None else decode(entry.key, entry.value))
+            except CorruptRecord:
+                found.append(None)
+        return found
 
     async def _chosen(self, where: Where, order: str | None) -> tuple[Chosen, str | None]:
         prefix = self._all.session_prefix
@@ -340,6 +359,8 @@ class _Updated(Source[Timed]):
         page = await every.store._scan(start, end, limit=limit, reverse=self._reverse, deref=every.session_prefix)
         stats = await self._stats([entry.value.decode() for entry in page]) if page else ()
         items: list[tuple[str, Timed]] = []
+        begin = len(query.base)
+        decode = every.sessions._codec.decode
         for entry, stat in zip(page, stats, strict=True):
             target, part = live(entry.target), entry.value.decode()
             if target is None or stat is None or stat.indexed_at is None:
@@ -347,9 +368,15 @@ class _Updated(Source[Timed]):
             now = every.updated_key(part, stat.indexed_at)
             if entry.key != now and (not self._atomic or (now < entry.key) is self._reverse):
                 continue  # a crash left it; or it moved since the scan, to where it will be met
-            for session in decoded(every.sessions._codec, (target,), self._on_corrupt):
-                session.updated_at = stat.updated_at
-                items.append((entry.key[len(query.base) :], Timed(session, stat)))
+            try:
+                session = decode(target.key, target.value)
+            except CorruptRecord as error:
+                if self._on_corrupt is None:
+                    raise
+                self._on_corrupt(error)
+                continue
+            session.updated_at = stat.updated_at
+            items.append((entry.key[begin:], Timed(session, stat)))
         return Chunk(items, len(page), page[-1].key[len(query.base) :] if len(page) == limit else None)
 
 
@@ -365,6 +392,8 @@ class MessageFinder(_Finder[Message]):
         super().__init__(collections, collections.messages)
         self._sessions = sessions
         self._last_number = last_number
+        self._words = bind(text_index(), Message)  # kept up by every process, once one has declared it
+        collections.messages._definitions.adopt(self._words)
         declared = {part.label for bound in collections.messages.indexes for part in bound.parts}
         self._owners = tuple(owner for owner in OWNERS if owner not in declared)
 
@@ -400,18 +429,20 @@ class MessageFinder(_Finder[Message]):
         """Find messages of all sessions, or of an owner's, by a text: through the index of words if there is one."""
         text = folded(asked.where["text"])
         term = lookup(text)
-        [bound] = [each for each in self._repository.indexes if each.name == TEXT_INDEX] or [None]
-        if bound is None or term is None:
-            return await self.some(asked, limit)
+        declared = any(bound.name == TEXT_INDEX for bound in self._repository.indexes)
         while True:
-            query = await self._repository._reader.through(bound, {TEXT_INDEX: MORE})
+            query = None if term is None else await self._repository._reader.through(self._words, {TEXT_INDEX: MORE})
+            if term is None or (query is None and not declared):
+                return await self.some(asked, limit)
             if query is None:
                 raise IndexNotReady(self.collection, TEXT_INDEX)
-            ids, complete = await self._looked_up(query, *term, asked.scanned)
+            ids, complete = await self._looked_up(query, term, asked.scanned)
             if await self._repository._reader.unchanged(query):
                 break
         owners = {label: value for label, value in asked.where.items() if label in self._owners}
         tests = self._tests({label: value for label, value in asked.where.items() if label not in owners})
+        if not term.everywhere:  # also of messages that are looked at for having more words than are indexed
+            tests.append(_beginning(text))
         source = passing(_Listed(self._repository, ids, asked.on_corrupt), tests)
         if owners:
             source = Through(source, lambda items: self._owned(items, owners))
@@ -419,11 +450,11 @@ class MessageFinder(_Finder[Message]):
         found = await self.some(asked, limit, plan)
         return Found(found, indexed=True, complete=complete)
 
-    async def _looked_up(self, query: Query, term: str, open_end: bool, most: int) -> tuple[list[str], bool]:
+    async def _looked_up(self, query: Query, term: Term, most: int) -> tuple[list[str], bool]:
         """The keys of messages with a term, or a longer one, or with too many; the newest first. Only keys are read."""
         assert query.slot is not None
         prefix = query.slot.prefix
-        start = prefix + keys.escape(term) + ("" if open_end else "!")
+        start = prefix + keys.escape(term.word) + ("" if term.open else "!")
         times: dict[str, str] = {}
         read = 0
         for low in (start, query.base):
@@ -767,6 +798,11 @@ def _saying(text: str) -> Test:
     return lambda message: needle in folded(text_of(message.content))
 
 
+def _beginning(needle: str) -> Test:
+    at_a_word = re.compile(rf"(?<!\w){re.escape(needle)}")
+    return lambda message: at_a_word.search(folded(text_of(message.content))) is not None
+
+
 def _made_of(kind: str) -> Test:
     return lambda message: kind in content_types(message)
 
@@ -793,10 +829,6 @@ _MESSAGE_TESTS: Final[dict[str, Callable[[Any], Test]]] = {
     "has_tool_calls": _calling,
 }
 _CALL_TESTS: Final[dict[str, Callable[[Any], Test]]] = {"has_approval": _approved, "decision": _decided}
-
-
-def _passed_over(_: object) -> None:
-    """A damaged stat is told of by `Persistence.stats`."""
 
 
 def _never(_: object) -> bool:

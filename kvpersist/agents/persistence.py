@@ -443,8 +443,8 @@ def open(
             home folder or the user's data folder. A mapping may hold ``files`` and ``events``, too.
         namespace: a tenant or application; namespaces of one store do not see each other.
         session_indexes, message_indexes, tool_call_indexes: indexes beyond the usual ones.
-        text_index: keep an index of the words in messages, for `Messages.search`; then every process
-            that writes messages has to.
+        text_index: keep an index of the words in messages, for `Messages.search`; other processes keep
+            it up without saying so.
         events: settings of ``db.events``, such as ``{"retention": 7 * 86_400}``, as for `EventQueue`; or a
             store of their own, by anything that ``where`` takes; or both, ``{"url": ..., "retention": ...}``.
         files: a store of their own for todos, history windows, recovered files and media, such as

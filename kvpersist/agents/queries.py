@@ -168,7 +168,7 @@ class Merged(Source[R]):
 
     async def read(self, after: str | None, limit: int) -> Chunk[R]:
         """As `Source.read`: all sources side by side, as far as each of them is known."""
-        chunks = await asyncio.gather(*[source.read(after, limit) for source in self._sources])
+        chunks = await _together([source.read(after, limit) for source in self._sources])
         ends = [chunk.at for chunk in chunks if chunk.at is not None]
         end = (max if self._reverse else min)(ends, default=None)  # behind it something may be unread
         items = [item for chunk in chunks for item in chunk.items]
@@ -206,15 +206,17 @@ class Nested(Source[R]):
         if not self._begun:
             self._begin(after)
         items: list[tuple[str, R]] = []
-        read = 0
+        read = passed = 0
         while read < limit:
             if not self._queue:
                 if self._ended:
-                    return Chunk(items, read, None)
-                read += await self._fill()
+                    return Chunk(items, read + passed, None)
+                if passed >= limit:  # parents that are none of those asked for
+                    return Chunk(items, read + passed, self._known)
+                passed += await self._fill()
                 continue
             batch = self._queue[: self._width]
-            chunks = await asyncio.gather(*[source.read(start, limit - read) for _, source, start in batch])
+            chunks = await _together([source.read(start, limit - read) for _, source, start in batch])
             whole = True
             for (parent, source, start), chunk in zip(batch, chunks, strict=True):
                 kept, at = chunk.items[: limit - read], chunk.at
@@ -231,8 +233,8 @@ class Nested(Source[R]):
             self._width = min(_WIDTH, 2 * self._width) if whole else 1
         if self._queue and self._queue[0][2] is not None:
             parent, _, at = self._queue[0]
-            return Chunk(items, read, f"{parent}#{at}")
-        return Chunk(items, read, self._behind if self._behind is not None else self._known)
+            return Chunk(items, read + passed, f"{parent}#{at}")
+        return Chunk(items, read + passed, self._behind)
 
     def _begin(self, after: str | None) -> None:
         self._begun = True
@@ -429,7 +431,7 @@ class Finder(ABC, Generic[S, R]):
             at = chunk.at
             if at is None:
                 return
-            if plan.most is not None and passed >= plan.most:
+            if plan.most is not None and passed > plan.most:
                 raise plan.refusal()
 
     async def _gathered(
@@ -460,7 +462,8 @@ class Finder(ABC, Generic[S, R]):
                     at = chunk.at
                     if at is None or len(found) >= wanted:
                         break
-                    if refused := plan.most is not None and passed >= plan.most:
+                    # what will do with a part reads no more; others may find the next record to be the last
+                    if refused := plan.most is not None and passed + asked.partial > plan.most:
                         break
             except Replaced:
                 plan = None
@@ -603,6 +606,8 @@ def best(indexes: Sequence[BoundIndex], where: Mapping[str, Any], order: str | N
     choices: list[tuple[tuple[int, int, int, int], int, Choice]] = []
     for at, bound in enumerate(indexes):
         parts, fields = bound.parts, bound.fields
+        if fields and parts[0].label not in where:
+            continue
         used: Where = {}
         for part in parts:
             if part.label not in where or isinstance(where[part.label], Range):
@@ -616,8 +621,6 @@ def best(indexes: Sequence[BoundIndex], where: Mapping[str, Any], order: str | N
             continue  # records are missing there, or occur several times
         if any(isinstance(value, (dict, list)) for value in used.values()):
             continue  # contained in something: no index tells
-        if not used and fields:
-            continue
         by = parts[equals] if equals < len(parts) else None
         label = "id" if by is None else by.label
         choice = Choice(bound, used, label, by is not None and by.descending)
@@ -645,6 +648,15 @@ def _opened(tag: bytes, cursor: str) -> str:
     if seal != blake2b(position, key=tag, digest_size=_SEAL).digest():
         raise BadCursor(cursor)
     return text
+
+
+async def _together(reads: Iterable[Awaitable[S]]) -> list[S]:
+    """Read side by side; an error is raised once all have ended."""
+    answers = await asyncio.gather(*reads, return_exceptions=True)
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise answer
+    return cast("list[S]", answers)
 
 
 def _position(item: tuple[str, Any]) -> str:

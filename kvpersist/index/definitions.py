@@ -126,9 +126,14 @@ class Definitions:
         self._type = type_
         self._records = keys.record_prefix(ns, collection)
         self._declared = {bound.name: bound for bound in indexes}
+        self._adopts: dict[str, BoundIndex] = {}
         self._schema = schema
         self._known: Known | None = None
         self._seen_at = 0.0
+
+    def adopt(self, bound: BoundIndex) -> None:
+        """Maintain and read an index where another process declared it, without declaring it; before the first use."""
+        self._adopts[bound.name] = bound
 
     @property
     def cached(self) -> Known | None:
@@ -247,7 +252,7 @@ class Definitions:
         for stored in definition.indexes:
             if stored.state == "dead":
                 continue
-            mine = self._declared.get(stored.name)
+            mine = self._declared.get(stored.name) or self._adopts.get(stored.name)
             own = mine is not None and mine.spec == stored.spec
             bound = mine if mine is not None and own else self._unknown(stored)
             slot = Slot(bound, stored.slot, self.prefix(stored.slot), stored.state)

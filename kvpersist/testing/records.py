@@ -30,7 +30,7 @@ import msgspec
 import pytest
 
 import kvpersist
-from kvpersist import Index, Message, Persistence, Session, ToolCallPart
+from kvpersist import Index, Message, Persistence, Session, ToolCallPart, between
 from kvpersist.driver import Driver, Entry
 from kvpersist.errors import CommitUnknown, Conflict, KvError, ParentGone, UniqueConflict, Unsupported
 from kvpersist.testing.contract import AWKWARD_KEYS
@@ -158,6 +158,48 @@ class PersistenceContract(ABC, Generic[D]):
             assert [session.id for session in (*first.items, *rest.items)] == adas
             assert (await db.sessions.count(user_id="ada"), await db.sessions.count()) == (8, 12)
             assert await db.sessions.find(user_id="nobody") == []
+
+    async def test_queries_answer_in_either_direction_page_by_page(self, driver: D) -> None:
+        start = datetime(2026, 1, 1, tzinfo=UTC)
+        async with _opened(driver) as db:
+            for n in range(4):
+                at = start + timedelta(minutes=n)
+                await db.sessions.create(id=f"s{n}", agent_id="a", image_id=f"i{n % 2}", created_at=at, title=f"T{n}")
+                turn = [msgspec.structs.replace(message, created_at=at) for message in _turn(f"s{n}")]
+                await db.messages.append_many(f"s{n}", turn)
+            await db.messages.append("s0", Message("user", "late", created_at=start + timedelta(days=1)))
+            window = between(start + timedelta(minutes=1), start + timedelta(minutes=2))
+
+            queries: list[tuple[Any, dict[str, Any], list[str]]] = [
+                (db.sessions, {"agent_id": "a", "order": "created_at"}, ["s0", "s1", "s2", "s3"]),
+                (db.sessions, {"image_id": "i1"}, ["s3", "s1"]),
+                (db.sessions, {"created": window}, ["s2", "s1"]),
+                (db.sessions, {"order": "-updated_at"}, ["s0", "s3", "s2", "s1"]),
+                (db.sessions, {"order": "updated_at"}, ["s1", "s2", "s3", "s0"]),
+                (db.sessions, {"id_prefix": "s", "order": "-id"}, ["s3", "s2", "s1", "s0"]),
+                (db.sessions, {"agent_id": "a", "title": "t2"}, ["s2"]),
+                (db.tool_calls, {"name": "weigh"}, ["s3", "s2", "s1", "s0"]),
+                (db.tool_calls, {"success": True, "order": "asc"}, ["s0", "s1", "s2", "s3"]),
+                (db.tool_calls, {"session_id": "s1", "state": "pending"}, ["s1"]),
+                (db.tool_calls, {"created": window, "order": "asc"}, ["s1"] * 3 + ["s2"] * 3),
+                (db.messages, {"agent_id": "a", "has_tool_calls": True}, ["s3", "s2", "s1", "s0"]),
+                (db.messages, {"agent_id": "a", "text": "scale", "order": "asc"}, ["s0", "s1", "s2", "s3"]),
+                (db.messages, {"role": "user", "order": "desc"}, ["s0", "s3", "s2", "s1", "s0"]),
+                (db.messages, {"session_id": "s0", "order": "desc", "content_type": "tool_use"}, ["s0"]),
+            ]
+            for repository, where, expected in queries:
+                paged: list[Any] = []
+                cursor: str | None = None
+                while True:
+                    page = await repository.page(limit=2, after=cursor, **where)
+                    paged += page.items
+                    cursor = page.cursor
+                    if cursor is None:
+                        break
+                assert [getattr(each, "session_id", None) or each.id for each in paged] == expected, where
+                assert await repository.find(**where) == [each async for each in repository.iterate(**where)] == paged
+            assert [m.number for m in await db.messages.find("s0", order="desc", limit=3)] == [6, 5, 4]
+            assert (await db.stats(agent_id="a")).messages == 21
 
     async def test_messages_are_found_across_sessions_by_an_index_of_their_own(self, driver: D) -> None:
         async with _opened(driver) as db:

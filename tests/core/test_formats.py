@@ -11,7 +11,7 @@ import pytest
 import kvpersist
 from kvpersist import Log, Message, Repository, between
 from kvpersist.bytes_level import FORMAT
-from kvpersist.errors import UniqueConflict
+from kvpersist.errors import IndexNotReady, UniqueConflict
 
 DATA = Path(__file__).parent.parent / "data" / "formats"
 STORES = sorted(DATA.glob("format-*.db"))
@@ -80,3 +80,19 @@ async def test_an_old_store_takes_further_turns(url: str) -> None:
 
         assert stored.number == 5
         assert await db.messages.count("s1") == 5
+
+
+async def test_an_old_store_answers_by_what_it_indexed_and_by_newer_indexes_once_they_are_built(url: str) -> None:
+    async with kvpersist.open(url) as db:
+        await db.sessions.create(id="s2", user_id="ada", agent_id="helper")
+
+        assert {s.id for s in await db.sessions.find(user_id="ada")} == {"s1", "s2"}
+        assert {s.id for s in await db.sessions.list()} == {s.id for s in await db.sessions.recent()} == {"s1", "s2"}
+        assert [s.id for s in await db.sessions.find(user_id="ada", agent_id="helper")] == ["s2"]
+        with pytest.raises(IndexNotReady):
+            await db.sessions.find(agent_id="helper")
+
+        await db.reindex()
+
+        assert [s.id for s in await db.sessions.find(agent_id="helper")] == ["s2"]
+        assert [m.number for m in await db.messages.find(user_id="ada", role="tool")] == [3]

@@ -185,7 +185,8 @@ class AgentThread:
             return iterator
         if hasattr(result, "__next__"):
             self._closes = getattr(result, "close", None)
-            return self._stepped(result)
+            self._chunks = steps = self._stepped(result)
+            return steps
         return None
 
     async def __aenter__(self) -> Self:

@@ -885,6 +885,48 @@ async def test_cancelling_a_sync_run_does_not_wait_for_its_thread(db: Persistenc
     assert [(each.content, each.error) for each in await db.threads.history("t")] == [("hi", "the run was cancelled")]
 
 
+async def test_a_sync_stream_that_is_cancelled_is_closed_once_its_step_is_done(db: Persistence) -> None:
+    started, free, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def agent(message: str) -> Iterator[str]:
+        try:
+            yield "so far"
+            started.set()
+            free.wait(30)
+            yield "too late"
+        finally:
+            closed.set()
+
+    task = asyncio.create_task(with_storage(agent, db).run("hi", thread_id="t"))
+    while not started.is_set():
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert not closed.is_set()
+    assert [(each.content, each.partial) for each in await db.threads.history("t")] == [("hi", None), ("so far", True)]
+    free.set()
+    assert await asyncio.to_thread(closed.wait, 30)
+
+
+async def test_an_agent_that_fails_to_close_does_not_hide_what_went_wrong(db: Persistence) -> None:
+    class Chunks:
+        def __aiter__(self) -> Chunks:
+            return self
+
+        async def __anext__(self) -> str:
+            raise Broken("first")
+
+        async def aclose(self) -> None:
+            raise LookupError("second")
+
+    with pytest.raises(Broken, match="first") as raised:
+        await with_storage(lambda message: Chunks(), db).run("hi", thread_id="t")
+
+    assert "LookupError('second')" in raised.value.__notes__[0]
+
+
 async def test_a_thread_that_was_deleted_meanwhile_stays_deleted(db: Persistence, driver: Any) -> None:
     async def agent(message: str) -> str:
         await db.sessions.delete("t")

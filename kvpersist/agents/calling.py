@@ -84,7 +84,7 @@ class _Function:
         self._named: dict[str, str] = {}
         try:
             parameters = list(inspect.signature(function).parameters.values())
-        except ValueError:  # built in: it does not say what it takes
+        except (TypeError, ValueError):  # built in: it does not say what it takes
             self._positional.append("message")
             return
         self._bind(parameters)

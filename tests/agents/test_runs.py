@@ -1003,6 +1003,16 @@ async def test_a_thread_that_is_not_there_cannot_be_continued(db: Persistence, p
     assert await db.sessions.count() == 0
 
 
+async def test_an_empty_id_is_nobodys(db: Persistence) -> None:
+    with pytest.raises(BadRequest, match="not empty"):
+        await with_storage(echo, db).run("hi", thread_id="")
+    with pytest.raises(BadRequest, match="not empty"):
+        await continue_thread(echo, db, "", "hi")
+    with pytest.raises(BadRequest, match="not empty"):
+        await db.threads.get_or_create("")
+    assert await db.sessions.count() == 0
+
+
 async def test_a_setting_that_is_not_there_is_refused(db: Persistence) -> None:
     with pytest.raises(BadRequest, match="autosave"):
         await continue_thread(echo, db, "t", "hi", autosave=True)

@@ -62,11 +62,11 @@ class Family:
     def __init__(self, store: Store, namespace: str) -> None:
         self.store = store
         self.namespace = namespace
-        self.space = keys.namespace(namespace)
-        self.atomic = store.capabilities.atomic_batch != "none"
+        self.space: str = keys.namespace(namespace)
+        self.atomic: bool = store.capabilities.atomic_batch != "none"
         self.births: dict[str, Births] = {}
         self.repositories: dict[str, Repository[Any]] = {}
-        self.owned = False
+        self.owned: bool = False
 
     async def own(self) -> None:
         """Note that plain writes have no place in this namespace."""
@@ -97,12 +97,12 @@ class Births:
 
     def __init__(self, family: Family, repository: Repository[Any], *, beside: Beside | None = None) -> None:
         """``beside``: removes what is kept beside a record, where batches are not atomic."""
-        self.kind = repository.name
+        self.kind: str = repository.name
         self.repository = repository
         self._family = family
         self._store = family.store
-        self.prefix = keys.meta_prefix(family.space, self.kind, "birth")
-        self.deleting_prefix = keys.meta_prefix(family.space, self.kind, "deleting")
+        self.prefix: str = keys.meta_prefix(family.space, self.kind, "birth")
+        self.deleting_prefix: str = keys.meta_prefix(family.space, self.kind, "deleting")
         self.deletions = Deletions(family.store, repository, self.prefix, self.deleting_prefix, beside)
         self._known: OrderedDict[str, Check] = OrderedDict()
         family.births[self.kind] = self
@@ -271,7 +271,8 @@ class Births:
                 return False
             also: list[Op] = [Put(marker_key, PENDING), *([] if guard is None else [guard])]
             if birth is not None:
-                also.append(Delete(birth_key, birth.version))
+                conditional = self._store.capabilities.conditional_delete
+                also.append(Delete(birth_key, birth.version if conditional else None))
             try:
                 if stored is None:
                     await self._store._commit(also)

@@ -30,12 +30,16 @@ from kvpersist import (
     ToolCall,
     ToolCallPart,
 )
+from kvpersist.agents.confirmations import Confirmations
+from kvpersist.agents.family import Records
 from kvpersist.agents.messages import Messages
 from kvpersist.agents.middleware import Handler
 from kvpersist.agents.model_messages import model_messages, system_text
+from kvpersist.agents.providers import Providers
 from kvpersist.agents.sessions import Sessions
 from kvpersist.agents.threads import ThreadContext
 from kvpersist.agents.tool_calls import ToolCalls
+from kvpersist.agents.traces import Traces
 from kvpersist.events import Claimed, EventGroup, GroupStats, Lag, Parked, Subscription, TopicStats
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +83,10 @@ def shown(cells: str) -> dict[str, list[str]]:
         ("runs.md", "ThreadContext", ThreadContext),
         ("runs.md", "PersistenceMiddleware", PersistenceMiddleware),
         ("runs.md", "Handler", Handler),
+        ("agents.md", "Records with the usual methods", Records),
+        ("agents.md", "db.providers", Providers),
+        ("agents.md", "db.traces", Traces),
+        ("agents.md", "db.confirmations", Confirmations),
         ("events.md", "EventQueue", EventQueue),
         ("events.md", "Subscription", Subscription),
         ("events.md", "EventGroup", EventGroup),
@@ -107,7 +115,24 @@ def test_every_argument_of_a_declaration_is_named(type_: Any) -> None:
     assert set(inspect.signature(type_).parameters) - {"store"} <= named
 
 
-@pytest.mark.parametrize("record", [Session, Message, ToolCallPart, ToolCall, TimelineItem])
+@pytest.mark.parametrize(
+    "record",
+    [
+        Session,
+        Message,
+        ToolCallPart,
+        ToolCall,
+        TimelineItem,
+        kvpersist.Confirmation,
+        kvpersist.Trace,
+        kvpersist.TokenUsage,
+        kvpersist.Container,
+        kvpersist.Image,
+        kvpersist.Prototype,
+        kvpersist.Provider,
+        kvpersist.LoginSession,
+    ],
+)
 def test_every_field_of_a_record_is_named(record: Any) -> None:
     text = (REFERENCE / "agents.md").read_text("utf-8")
     [fields] = re.findall(rf"^\| `{record.__name__}` \| ([^:;|]+)", text, re.MULTILINE)

@@ -84,7 +84,7 @@ class _Function:
         self._named: dict[str, str] = {}
         try:
             parameters = list(inspect.signature(function).parameters.values())
-        except ValueError:  # built in: it does not say what it takes
+        except (TypeError, ValueError):  # built in: it does not say what it takes
             self._positional.append("message")
             return
         self._bind(parameters)
@@ -185,7 +185,8 @@ class AgentThread:
             return iterator
         if hasattr(result, "__next__"):
             self._closes = getattr(result, "close", None)
-            return self._stepped(result)
+            self._chunks = steps = self._stepped(result)
+            return steps
         return None
 
     async def __aenter__(self) -> Self:

@@ -27,6 +27,8 @@ async def ensure_session(
         ParentGone: there is none, and ``create`` is off.
         BadRequest: it belongs to another user than ``user_id``.
     """
+    if not str(id):
+        raise BadRequest("the id of a session is not empty: leave it out for a new one")
     for attempt in range(_ATTEMPTS):
         session = await db.sessions.get(id)
         if session is not None:

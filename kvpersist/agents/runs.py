@@ -181,7 +181,7 @@ class StoredAgent:
             raise BadRequest("the agent takes no history: give it a parameter history, messages or context")
         loads = takes and (self._loads if load_history is None else load_history)
         limit = self._limit if limit is None else _limit(limit)
-        new = thread_id is None or thread_id == ""
+        new = thread_id is None
         return _Options(new_id() if new else str(thread_id), new, user_id, title, limit if loads else 0)
 
     async def _perform(
@@ -365,7 +365,6 @@ async def continue_thread(
         As `StoredAgent.turn`; ParentGone: there is no such session.
     """
     stored = _continuing(agent, db, load_history, message_limit, persist_messages, settings)
-    await ensure_session(db, thread_id, create=False)
     return await stored.run(message, thread_id=thread_id, user_id=user_id)
 
 

@@ -18,7 +18,9 @@ from kvpersist.agents.persistence import Persistence
 from kvpersist.agents.records import Message, ToolCallPart
 from kvpersist.agents.runs import continue_thread, stream_continue_thread, with_storage
 from kvpersist.driver import Put
-from kvpersist.errors import BadOption, BadRequest, ParentGone, Unencodable
+from kvpersist.errors import BadOption, BadRequest, CommitUnknown, ParentGone, Unavailable, Unencodable
+from kvpersist.testing.faults import Crashed, FaultyDriver
+from kvpersist_drivers.memory import MemoryDriver
 
 Sound = Callable[[Persistence], Awaitable[None]]
 
@@ -883,6 +885,48 @@ async def test_cancelling_a_sync_run_does_not_wait_for_its_thread(db: Persistenc
     assert [(each.content, each.error) for each in await db.threads.history("t")] == [("hi", "the run was cancelled")]
 
 
+async def test_a_sync_stream_that_is_cancelled_is_closed_once_its_step_is_done(db: Persistence) -> None:
+    started, free, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def agent(message: str) -> Iterator[str]:
+        try:
+            yield "so far"
+            started.set()
+            free.wait(30)
+            yield "too late"
+        finally:
+            closed.set()
+
+    task = asyncio.create_task(with_storage(agent, db).run("hi", thread_id="t"))
+    while not started.is_set():
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert not closed.is_set()
+    assert [(each.content, each.partial) for each in await db.threads.history("t")] == [("hi", None), ("so far", True)]
+    free.set()
+    assert await asyncio.to_thread(closed.wait, 30)
+
+
+async def test_an_agent_that_fails_to_close_does_not_hide_what_went_wrong(db: Persistence) -> None:
+    class Chunks:
+        def __aiter__(self) -> Chunks:
+            return self
+
+        async def __anext__(self) -> str:
+            raise Broken("first")
+
+        async def aclose(self) -> None:
+            raise LookupError("second")
+
+    with pytest.raises(Broken, match="first") as raised:
+        await with_storage(lambda message: Chunks(), db).run("hi", thread_id="t")
+
+    assert "LookupError('second')" in raised.value.__notes__[0]
+
+
 async def test_a_thread_that_was_deleted_meanwhile_stays_deleted(db: Persistence, driver: Any) -> None:
     async def agent(message: str) -> str:
         await db.sessions.delete("t")
@@ -956,6 +1000,16 @@ async def test_a_thread_that_is_not_there_cannot_be_continued(db: Persistence, p
         await continue_thread(echo, db, "t", "hi", persist_messages=persist)
     with pytest.raises(ParentGone):
         await anext(stream_continue_thread(echo, db, "t", "hi", persist_messages=persist))
+    assert await db.sessions.count() == 0
+
+
+async def test_an_empty_id_is_nobodys(db: Persistence) -> None:
+    with pytest.raises(BadRequest, match="not empty"):
+        await with_storage(echo, db).run("hi", thread_id="")
+    with pytest.raises(BadRequest, match="not empty"):
+        await continue_thread(echo, db, "", "hi")
+    with pytest.raises(BadRequest, match="not empty"):
+        await db.threads.get_or_create("")
     assert await db.sessions.count() == 0
 
 
@@ -1041,3 +1095,68 @@ def test_what_model_apis_refuse_is_left_out() -> None:
     ]
     with pytest.raises(BadOption, match="style"):
         model_messages(TURN, "yaml")  # type: ignore[arg-type]
+
+
+# ---- faults of the store
+
+
+@pytest.mark.parametrize("without", [(), ("atomic_batch", "reverse", "deref")])
+@pytest.mark.parametrize("agent", ["answers", "raises"])
+async def test_a_store_that_fails_at_any_call_leaves_no_part_of_a_turn(
+    sound: Sound, without: tuple[str, ...], agent: str
+) -> None:
+    def answering(message: str, history: list[Any]) -> Any:
+        if agent == "raises":
+            raise Broken("no credit")
+        return {"content": "done", "tool_calls": [FLAT | {"result": 1}]}
+
+    outcomes: set[str] = set()
+    for operation in ("get", "scan", "commit"):
+        for at in range(1, 20):
+            disk = MemoryDriver()
+            async with kvpersist.open(FaultyDriver(disk, without=without)) as db:
+                await db.sessions.create(id="t")
+                await db.messages.append("t", Message("user", "before"))
+            failing = FaultyDriver(disk, without=without)
+            async with kvpersist.open(failing) as db:
+                fault = failing.fail(operation, at)
+                try:
+                    await with_storage(answering, db).run("hi", thread_id="t")
+                    outcomes.add("done")
+                except Broken as error:
+                    outcomes.add("noted" if hasattr(error, "__notes__") else "raised")
+                except Unavailable:
+                    outcomes.add("unavailable")
+                except CommitUnknown:
+                    assert without, "with atomic batches the store finds out"
+            if not fault.fired:
+                break
+            async with kvpersist.open(FaultyDriver(disk, without=without)) as db:
+                roles = [role for role, _ in await said(db)]
+                whole = ["user", "user"] if agent == "raises" else ["user", "user", "assistant", "tool", "assistant"]
+                if without:  # there, a beginning of the turn may be kept
+                    assert roles == whole[: len(roles)]
+                else:
+                    assert roles in (["user"], whole)
+                await sound(db)
+        else:
+            pytest.fail("it never came to its end without a fault")
+    assert outcomes == ({"raised", "noted", "unavailable"} if agent == "raises" else {"done", "unavailable"})
+
+
+async def test_a_run_whose_process_dies_at_any_write_leaves_a_whole_turn_or_none(sound: Sound) -> None:
+    for at in range(1, 20):
+        disk = MemoryDriver()
+        dying = FaultyDriver(disk)
+        try:
+            async with kvpersist.open(dying) as db:
+                dying.crash(at)
+                await with_storage(lambda message: {"tool_calls": [FLAT | {"result": 1}]}, db).run("hi", thread_id="t")
+        except Crashed:
+            pass
+        async with kvpersist.open(FaultyDriver(disk)) as db:
+            assert [role for role, _ in await said(db)] in ([], ["user", "assistant", "tool"])
+            await sound(db)
+        if not dying.crashed:
+            return
+    pytest.fail("the run never ends")

@@ -112,8 +112,8 @@ class Persistence:
         """``placement`` has ``store`` as its main one; None: everything is in that. `open` is what a user calls."""
         require_sequences(store, "persistence of sessions")
         self.store = store
-        self.placement = placement or Placement(store)
-        self.home = home
+        self.placement: Placement = placement or Placement(store)
+        self.home: Home | None = home
         self.namespace = namespace
         more_calls = list(tool_call_indexes)
         sessions = Repository(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import pytest
 
 import kvpersist
@@ -18,7 +16,7 @@ from kvpersist.errors import BadRequest
 
 
 @pytest.fixture
-async def filled(db: Persistence) -> AsyncIterator[Persistence]:
+async def filled(db: Persistence) -> Persistence:
     """Agent ``a`` with its state; container ``c`` with image ``i``; sessions ``s`` (of all three) and ``t``."""
     await db.agents.create(id="a")
     await db.containers.create(id="c")
@@ -41,7 +39,7 @@ async def filled(db: Persistence) -> AsyncIterator[Persistence]:
     await db.windows.create(HistoryWindow(agent_id="a", id="w"))
     await db.compressions.create(agent_id="a", id="k", window_id="w")
     await db.media.create(Media(agent_id="a", key="m"))
-    yield db
+    return db
 
 
 def _told(found: Consistency) -> list[tuple[str, str, str]]:

@@ -25,7 +25,7 @@ from kvpersist.agents.sessions import Sessions
 from kvpersist.agents.snapshots import Snapshot, Snapshots
 from kvpersist.agents.todos import Todos
 from kvpersist.driver import ABSENT, Check, Delete, Put
-from kvpersist.errors import Conflict, ParentGone
+from kvpersist.errors import Conflict, ParentGone, UniqueConflict
 from kvpersist.events import EventEntry, EventQueue, NewEvent
 from kvpersist.events.removal import remove_topic
 from kvpersist.store import Store
@@ -157,6 +157,10 @@ class AgentForks:
         hidden = found is None or found.created_at is None
         if hidden:
             await self._parents.delete(id_)
+            # a maker that was held up while others removed the agent writes on as if its id were a label
+            async for session in self._sessions.iterate(agent_id=id_):
+                await self._sessions.delete(session.id)
+            await self._events.delete(id_)
         await self._store._commit([Delete(self._notes + keys.encode(id_))])
         return hidden
 
@@ -183,7 +187,12 @@ class AgentForks:
         return 0
 
     async def _fork(self, session: Session, number: int | None, new: Agent) -> str:
-        [forked] = await self._sessions.fork(session.id, at=number, agent_id=new.id)
+        try:
+            [forked] = await self._sessions.fork(session.id, at=number, agent_id=new.id)
+        except UniqueConflict:
+            raise
+        except Conflict as conflict:  # it was taken for left over
+            raise ParentGone("agent", new.id) from conflict
         return forked.id
 
     async def _unfold(self, at: Snapshot, new: Agent) -> None:
@@ -234,7 +243,7 @@ def topic_cascade(events: EventQueue, store: Store) -> Cascade:
             await require(store, guard)
 
         await remove_topic(
-            events.store, events.namespace, id_, checks=(guard,) if together else (), ask=None if together else ask
+            events.store, events._log, id_, checks=(guard,) if together else (), ask=None if together else ask
         )
 
     return cascade

@@ -272,8 +272,10 @@ async def finish_makings(every: Collections) -> int:
 async def _unmake(every: Collections, part: str, note: Entry, *, own: bool = False) -> None:
     """Delete what belongs to a session that was not made. ``own``: by its maker, who may have lost the note."""
     store = every.store
+    # in one batch with its record, a birth key is that of a session; by itself it was left where batches are not atomic
+    unborn = [Check(every.birth_prefix + part, ABSENT)] if every.family.atomic else []
     try:
-        await store._commit([Check(every.birth_prefix + part, ABSENT), Put(note.key, b"", note.version)])
+        await store._commit([*unborn, Put(note.key, b"", note.version)])
     except Conflict as conflict:  # its maker goes on; or, asked by the maker, somebody else has begun to remove it
         if not own or conflict.key != note.key:
             return

@@ -96,7 +96,9 @@ class OrderedTurns:
         return draft.done(stat.indexed_at)
 
     async def _brought_up(self, part: str, draft: Draft, stat: Stat, *, write: bool) -> None:
-        if stat.unsure:  # a rewriting was interrupted
+        if stat.unsure and write:  # a rewriting was interrupted
+            await self._mend(part, draft)
+        elif stat.unsure:
             await self._recount(part, draft)
         else:
             await self._catch_up(part, draft, write=write)
@@ -127,7 +129,7 @@ class OrderedTurns:
         part = keys.encode(session_id)
         draft = Draft(parent.stat)
         if parent.stat.unsure:
-            await self._recount(part, draft)
+            await self._mend(part, draft)
         results: list[Any] = []
         amends: list[Recount] = []
         for item in items:
@@ -388,19 +390,51 @@ class OrderedTurns:
     async def _take_out(
         self, part: str, draft: Draft, removed: Sequence[StoredMessage], behind: int | None = None
     ) -> list[StoredCall]:
-        """Remove messages, the newest first, then what follows from that; return the calls that went with them."""
+        """Remove messages, the newest first, each behind its calls; return the calls that went with them.
+
+        What a crash leaves of one message, `_mend` finds: calls that it still asks for, or still answers.
+        """
         every = self._all
         gone, waiting = await followers(every, part, removed, behind)
+        now = every.now()
+        numbers = {message.number for _, message in removed}
+        await self._drop_calls(draft, [each for each in gone if each[1].number not in numbers])
         for entry, message in removed:
+            await self._drop_calls(draft, [each for each in gone if each[1].number == message.number])
+            for stored, call in waiting:
+                if call.result_number == message.number:
+                    asked = unanswered(call, now)
+                    await ordered_writer(every.tool_calls).save(stored.key[len(every.call_prefix) :], asked, old=stored)
+                    draft.count(call, asked)
             if await ordered_writer(every.messages).remove(entry.key[len(every.message_prefix) :]):
                 draft.remove(message)
-        await self._drop_calls(draft, gone)
-        now = every.now()
-        for entry, call in waiting:
-            asked = unanswered(call, now)
-            await ordered_writer(every.tool_calls).save(entry.key[len(every.call_prefix) :], asked, old=entry)
-            draft.count(call, asked)
         return gone
+
+    async def _mend(self, part: str, draft: Draft) -> None:
+        """Bring calls into line with messages after an interrupted rewriting, and count all of them."""
+        every = self._all
+        writer = ordered_writer(every.tool_calls)
+        calls: dict[tuple[int, int], StoredCall] = {}
+        async for entry in every.calls_of(part, 0, _ANY_NUMBER):
+            call = writer._codec.decode(entry.key, entry.value)
+            calls[call.number, call.position] = entry, call
+        entries = after_stat(self._store, f"{every.message_prefix}{part}!", 0)
+        messages = [every.messages._codec.decode(each.key, each.value) async for each in entries if live(each)]
+        numbers = {message.number for message in messages if message.role == "tool"}
+        for entry, call in calls.values():
+            if call.result_number is not None and call.result_number not in numbers:
+                await writer.save(entry.key[len(every.call_prefix) :], unanswered(call, every.now()), old=entry)
+        for message in messages:
+            for position in range(len(message.tool_calls or ())):
+                if (message.number, position) not in calls:
+                    pk = f"{part}!{keys.encode(message.number)}!{keys.encode(position)}"
+                    [tombstone] = await self._store._entries([every.call_prefix + pk])
+                    await writer.save(pk, asked_call(message, position), old=tombstone)
+        await self._recount(part, draft)
+        joined = {call.result_number for _, call in calls.values()}
+        for message in messages:
+            if message.role == "tool" and message.number not in joined:
+                await self._follow(part, draft, message, write=True)
 
     async def _drop_calls(self, draft: Draft, gone: Sequence[StoredCall]) -> None:
         for entry, call in gone:

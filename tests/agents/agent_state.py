@@ -24,13 +24,13 @@ __all__ = ["ORDERED", "fill", "kept_of", "sound_state", "space"]
 ORDERED = {"atomic_batch", "reverse", "deref"}
 
 
-async def fill(db: Persistence, id_: str, *, template: str = "coder") -> Agent:
-    """Create an agent with a session of two turns, a snapshot after each, todos, history, media and events."""
+async def fill(db: Persistence, id_: str, *, template: str = "coder", turns: int = 2) -> Agent:
+    """Create an agent with a session of some turns, a snapshot after each, todos, history, media and events."""
     agent = await db.agents.create(
         id=id_, template_id=template, counters={"steps": 2}, metadata={"colour": "red"}, breakpoint="pre_model"
     )
     session = await db.sessions.create(id=f"session of {id_}", agent_id=id_, user_id="u")
-    for n in (1, 2):
+    for n in range(1, turns + 1):
         call = f"call-{n}"
         await db.messages.append_many(
             session.id,
@@ -84,7 +84,10 @@ async def space(driver: Any) -> dict[str, bytes]:
     return {
         entry.key: entry.value
         for entry in found
-        if entry.value not in (b"", b"done") and not entry.key.startswith("kvpersist:") and "#def" not in entry.key
+        if entry.value != b""
+        and entry.expires_at is None
+        and not entry.key.startswith("kvpersist:")
+        and "#def" not in entry.key
     }
 
 

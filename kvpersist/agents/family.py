@@ -63,14 +63,14 @@ class Family:
     def __init__(self, store: Store, namespace: str, *, elsewhere: Mapping[str, Store] | None = None) -> None:
         """``elsewhere``: collections that are kept in another store. Nothing belongs to their records."""
         self.store = store
-        self.elsewhere = dict(elsewhere or {})
+        self.elsewhere: dict[str, Store] = dict(elsewhere or {})
         self.namespace = namespace
-        self.space = keys.namespace(namespace)
-        self.atomic = store.capabilities.atomic_batch != "none"
+        self.space: str = keys.namespace(namespace)
+        self.atomic: bool = store.capabilities.atomic_batch != "none"
         self.births: dict[str, Births] = {}
         self.repositories: dict[str, Repository[Any]] = {}
         self.belongs: dict[str, tuple[Belongs, ...]] = {}
-        self.owned = False
+        self.owned: bool = False
 
     async def own(self) -> None:
         """Note that plain writes have no place in this namespace."""
@@ -102,12 +102,12 @@ class Births:
 
     def __init__(self, family: Family, repository: Repository[Any], *, beside: Beside | None = None) -> None:
         """``beside``: removes what is kept beside a record, where batches are not atomic."""
-        self.kind = repository.name
+        self.kind: str = repository.name
         self.repository = repository
         self._family = family
         self._store = family.store
-        self.prefix = keys.meta_prefix(family.space, self.kind, "birth")
-        self.deleting_prefix = keys.meta_prefix(family.space, self.kind, "deleting")
+        self.prefix: str = keys.meta_prefix(family.space, self.kind, "birth")
+        self.deleting_prefix: str = keys.meta_prefix(family.space, self.kind, "deleting")
         self.deletions = Deletions(family.store, repository, self.prefix, self.deleting_prefix, beside)
         self._known: OrderedDict[str, Check] = OrderedDict()
         family.births[self.kind] = self
@@ -372,7 +372,9 @@ class Records(Generic[R]):
         family.repositories[name] = self.repository
         self._family = family
         self._store = store
-        self._together = family.atomic and store is family.store  # one batch can hold a record and checks of births
+        self._together: bool = (
+            family.atomic and store is family.store
+        )  # one batch can hold a record and checks of births
         self._type = type
         self._key = (key,) if isinstance(key, str) else key
         self._belongs = family.belongs[name] = tuple(belongs)

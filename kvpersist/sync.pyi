@@ -5,7 +5,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager
 from datetime import datetime, timedelta
 from kvpersist.agents.agents import Agent, AgentStats
+from kvpersist.agents.checking import Consistency
 from kvpersist.agents.confirmations import Confirmation
+from kvpersist.agents.health import Health, Totals
 from kvpersist.agents.providers import Provider
 from kvpersist.agents.records import Message, Session, SessionStat, Stats, TimelineItem, ToolCall
 from kvpersist.agents.repairs import Problem
@@ -17,9 +19,11 @@ from kvpersist.changes import Change
 from kvpersist.driver import Absent, Capabilities, Check, Delete, Driver, Entry, Put
 from kvpersist.errors import CorruptRecord, LargeValue
 from kvpersist.events.records import Claimed, EventEntry, GroupStats, Lag, Parked, TopicStats
+from kvpersist.home import Home
 from kvpersist.index.declaration import BoundIndex, Index
 from kvpersist.index.rebuild import Damage, Reindexed
 from kvpersist.lease import Holder
+from kvpersist.metrics import Metrics
 from kvpersist.repository import Page
 from kvpersist.store import Info, Versioned
 from msgspec import Struct, UnsetType
@@ -30,8 +34,10 @@ from uuid import UUID
 __all__ = ["open_store_sync", "open_sync"]
 
 After: TypeAlias = str | int | dict[str, Any] | None
+Beside: TypeAlias = Where | Driver | Store | None
 Cascade: TypeAlias = Callable[[str, Check], None]
 Clock: TypeAlias = Callable[[], float]
+DotEnv: TypeAlias = bool | str | PathLike[str]
 Expect: TypeAlias = bytes | Absent
 Handler: TypeAlias = Callable[[EventEntry], object | object]
 OnCorrupt: TypeAlias = Callable[[CorruptRecord], None]
@@ -45,9 +51,9 @@ _Agents: TypeAlias = 'list[Agent]'
 _Sessions: TypeAlias = builtins.list[Session]
 _T = TypeVar('_T')
 
-def open_sync(where: Where | Driver | Store | None = ..., *, namespace: str = ..., session_indexes: Iterable[Index] = ..., message_indexes: Iterable[Index] = ..., tool_call_indexes: Iterable[Index] = ..., events: Mapping[str, Any] | None = ..., secret_key: SecretKey | None = ..., codec: Literal['msgpack', 'json'] | None = ..., ttl: float | None | UnsetType = ..., timeout: float | None | UnsetType = ..., clock: Clock = ..., sweep: float | None | UnsetType = ..., **options: Any) -> Persistence:
+def open_sync(where: Where | Driver | Store | None = ..., *, namespace: str = ..., session_indexes: Iterable[Index] = ..., message_indexes: Iterable[Index] = ..., tool_call_indexes: Iterable[Index] = ..., events: Mapping[str, Any] | Beside = ..., files: Beside = ..., secret_key: SecretKey | None = ..., codec: Literal['msgpack', 'json'] | None = ..., ttl: float | None | UnsetType = ..., timeout: float | None | UnsetType = ..., clock: Clock = ..., sweep: float | None | UnsetType = ..., profile: str | None = ..., home: Home | str | PathLike[str] | None = ..., dotenv: DotEnv = ..., logs: int | str | bool | None = ..., **options: Any) -> Persistence:
     """Open an agent's records; ``with`` it, or close it."""
-def open_store_sync(where: Where | Driver | Store | None = ..., *, codec: Literal['msgpack', 'json'] | None = ..., ttl: float | None | UnsetType = ..., timeout: float | None | UnsetType = ..., clock: Clock = ..., sweep: float | None | UnsetType = ..., **options: Any) -> Store:
+def open_store_sync(where: Where | Driver | Store | None = ..., *, codec: Literal['msgpack', 'json'] | None = ..., ttl: float | None | UnsetType = ..., timeout: float | None | UnsetType = ..., clock: Clock = ..., sweep: float | None | UnsetType = ..., profile: str | None = ..., home: Home | str | PathLike[str] | None = ..., dotenv: DotEnv = ..., **options: Any) -> Store:
     """Open a store; ``with`` it, or close it."""
 
 class Agents:
@@ -191,7 +197,7 @@ class Deletions:
     """Finishes the deletions of one collection's records."""
     children: builtins.list[Repository[Any]]
     cascades: builtins.list[Cascade]
-    guards: builtins.list[str]
+    guards: builtins.list[tuple[Store, str]]
     def finish_all(self) -> int:
         """Finish every deletion that was begun and not finished; return how many there were."""
     def finish(self, part: str, *, begin_anew: bool = ...) -> None:
@@ -452,6 +458,8 @@ class Messages:
 class Persistence:
     """Sessions, messages, tool calls and events of one namespace. Made by `open`."""
     store: Store
+    placement: Placement
+    home: Home | None
     namespace: str
     sessions: Sessions
     messages: Messages
@@ -483,10 +491,35 @@ class Persistence:
         """Return a session's messages in order, each with the calls it asked for, their results and durations."""
     def stats(self, *, on_corrupt: OnCorrupt | None = ...) -> Stats:
         """Count everything in the namespace from the sessions' stats: no message or call is read."""
+    def health(self, *, timeout: float = ..., write: bool = ...) -> Health:
+        """Ask every store whether it answers and can be written; raises nothing."""
+    def metrics(self) -> Metrics:
+        """What all stores together did since they were opened; `Store.metrics` tells of one."""
+    def totals(self, *, on_corrupt: OnCorrupt | None = ...) -> Totals:
+        """Count what is stored, and ask the drivers for the room it takes; no payload is read."""
+    def check(self, *, agent_id: str | UUID | None = ..., session_id: str | UUID | None = ..., limit: int = ...) -> Consistency:
+        """Look for what does not fit together, in all stores; nothing is changed."""
     def close(self) -> None:
-        """End what reads events, and close the store if `open` opened it; a second call does nothing."""
+        """End what reads events, and close the stores that `open` opened; a second call does nothing."""
     def __enter__(self) -> Self: ...
     def __exit__(self, *problem: object) -> bool | None: ...
+
+class Placement:
+    """The stores of one Persistence."""
+    main: Store
+    files: Store
+    events: Store
+    opened: builtins.list[Store]
+    @property
+    def stores(self) -> dict[str, Store]: ...
+    def store_of(self, concept: str) -> Store:
+        """The store that a concept, such as "todos", is kept in."""
+    @property
+    def elsewhere(self) -> dict[str, Store]: ...
+    def close(self) -> None:
+        """Close what was opened, each even if another cannot be."""
+    def add(self, files: Beside, events: Beside, open_beside: Callable[[Any], Store]) -> None:
+        """Open the stores beside the main one; where that fails, `close` closes those that are open."""
 
 class Prototypes:
     """The prototypes of one namespace, ``db.prototypes``, newest first; found by ``name=`` or ``container_id=``."""
@@ -719,6 +752,8 @@ class Store:
     timeout: float | None
     def sweep(self) -> int:
         """Remove expired entries now, where the backend does not do it itself; return how many."""
+    def metrics(self) -> Metrics:
+        """What was done since the store was opened, and how long its backend took."""
     def close(self) -> None:
         """End what is under way and release the backend; a second call does nothing."""
     def get(self, key: str, default: Any = ...) -> Any:

@@ -652,7 +652,8 @@ def open_store(
         timeout: seconds after which a call fails; default 10; None: never.
         clock: seconds since 1970; replaced in tests of expiry.
         sweep: seconds between removals of expired entries; default 60; None: only by `Store.sweep`.
-        profile: instead of ``where``: the profile of this name in a configuration file.
+        profile: instead of ``where``: the profile of this name in a configuration file. Beside ``where`` it
+            is an option of the driver, if that has one of this name.
         home: a folder; without ``where`` and ``profile`` the store is in it. See `kvpersist.home`.
         dotenv: look for variables in a file too: True: ``.env``, if it is there; a path: that file.
         options: the driver's, beside a URL, a path or a mapping; without ``where`` they name the store
@@ -692,7 +693,9 @@ def _meant(
 ) -> config.Resolved | Driver | Store:
     """What an open function is to open; ``also`` are its arguments."""
     if profile is not None and (where is not None or options.keys() & {"type", "url"}):
-        raise BadOption("profile", "the store is named twice: leave one out")
+        if not _takes_profile(where, options):
+            raise BadOption("profile", "the store is named twice: leave one out")
+        options, profile = {**options, "profile": profile}, None
     if where is None and not options.keys() & {"type", "url"} and (not options or profile or home is not None):
         found = config.resolve(profile=profile, home=home, environ=environ)
         named = _with_options(found.where, options, also)
@@ -702,6 +705,18 @@ def _meant(
         return config.resolve(named, environ=environ)
     assert named is not None
     return named
+
+
+def _takes_profile(where: urls.Where | Driver | Store | None, options: Mapping[str, Any]) -> bool:
+    """Whether ``profile`` is an option of the driver that is named, as it is of buckets'."""
+    named: Any = options if where is None else where
+    if isinstance(named, Mapping):
+        given = cast("Mapping[str, Any]", named)
+        named = given["type"] + "://" if isinstance(given.get("type"), str) else given.get("url")
+    if not isinstance(named, (str, os.PathLike)):
+        return False
+    kind = registry.driver_class(urls.split(os.fspath(cast("str", named)))[0].scheme)
+    return "profile" in kind.Options.__struct_fields__
 
 
 async def _opened(

@@ -35,7 +35,11 @@ _TOLD: Final = 1024  # commits kept for a slow watcher, beyond which it is told 
 
 
 class MemoryOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``name``: share the space of this name within the process; empty: a private one."""
+    """Which space.
+
+    Attributes:
+        name: share the space of this name within the process; empty: a private one.
+    """
 
     name: str = ""
 

@@ -155,6 +155,9 @@ class Checker:
 
     async def _indexes(self, name: str, below: str) -> None:
         repository = self._repositories[name]
+        [definition] = await repository.store._entries([repository._definitions.key])
+        if definition is None:  # nothing was ever written; to look further would write it
+            return
         exact = repository.store.capabilities.atomic_batch != "none"
         left = self._limit - len(self._issues) + 1
         for damage in await repository._reindexer().verify(False, below=below, limit=left):

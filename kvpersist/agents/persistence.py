@@ -120,7 +120,7 @@ class Persistence:
         require_sequences(store, "persistence of sessions")
         self.store = store
         self.placement: Placement = placement or Placement(store)
-        self.home = home
+        self.home: Home | None = home
         self.namespace = namespace
         more_calls = list(tool_call_indexes)
         sessions = Repository(

@@ -47,9 +47,9 @@ class Placement:
     """
 
     def __init__(self, main: Store, *, files: Store | None = None, events: Store | None = None) -> None:
-        self.main = main
-        self.files = files or main
-        self.events = events or main
+        self.main: Store = main
+        self.files: Store = files or main
+        self.events: Store = events or main
         self.opened: list[Store] = []
 
     @property

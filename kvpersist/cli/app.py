@@ -64,6 +64,7 @@ for name, arguments, target, group, help_ in (
     ("init", "[URL]", "stores:init", _STORES, "Make what a store needs; what is there stays."),
     ("ddl", "[URL]", "stores:ddl", _STORES, "Print the SQL that makes what a store needs; nothing is run."),
     ("reset", "URL", "stores:reset", _STORES, "Empty a store."),
+    ("health", "[URL]", "health:health", _STORES, "Ask a store whether it answers and can be written."),
     ("conformance", "[URL]", "stores:conformance", _STORES, "Test what a store keeps, beside what it holds."),
     ("drivers", "", "settings:drivers", _SETTINGS, "List the drivers, and what is wrong with them."),
     ("config", "", "settings:config", _SETTINGS, "Show the settings, and where they come from."),

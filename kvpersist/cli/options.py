@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final
 from cyclopts import Group, Parameter, validators
 
 from kvpersist import config
+from kvpersist.errors import BadOption
 from kvpersist.urls import Where
 
 __all__ = ["FOR_PEOPLE", "USUAL_STORE", "Count", "Output", "StoreOption"]
@@ -28,6 +29,14 @@ class StoreOption:
     """the store, such as sqlite:///agent.db; default: KVPERSIST_URL, kvpersist.toml, your data folder."""
     profile: str | None = None
     """a store that kvpersist.toml names in [profiles.NAME]; --url goes before it."""
+
+    def named(self, url: str | None) -> StoreOption:
+        """This option, or one that names ``url``, the argument of a command."""
+        if url is None:
+            return self
+        if self.url is not None:
+            raise BadOption("--url", "the store is named twice: leave one out")
+        return StoreOption(url)
 
     @property
     def meant(self) -> Where | None:

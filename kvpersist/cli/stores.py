@@ -100,7 +100,7 @@ async def reset(
     if url is None and store.url is None:
         raise BadOption("url", "name the store to empty: kvpersist reset URL")
     prefix = "" if namespace is None else keys.namespace(namespace) + ":"
-    option = _named(url, store)
+    option = store.named(url)
     async with open_store(option.existing(), sweep=None) as opened:
         if dry_run:
             counts = await _counts(opened, prefix)
@@ -179,18 +179,12 @@ def _print_report(report: Report) -> None:
     print_rows(("result", "test", "reason"), [(one.outcome, one.test, one.reason) for one in ordered], cut="reason")
 
 
-def _named(url: str | None, store: StoreOption) -> StoreOption:
-    if url is not None and store.url is not None:
-        raise BadOption("--url", "the store is named twice: leave one out")
-    return store if url is None else StoreOption(url)
-
-
 def _where(url: str | None, store: StoreOption) -> Any:
-    return _named(url, store).resolved().where
+    return store.named(url).resolved().where
 
 
 def _target(url: str | None, store: StoreOption) -> Target:
-    return _named(url, store).resolved().target
+    return store.named(url).resolved().target
 
 
 async def _missing(target: Target) -> bool | None:

@@ -7,12 +7,14 @@ from typing import Final
 
 from kvpersist import keys
 from kvpersist.driver import Check, Delete, Op, Put
-from kvpersist.errors import Conflict
+from kvpersist.errors import Conflict, Unavailable
 from kvpersist.events._log import COLLECTIONS, TopicLog
 from kvpersist.store import Store
+from kvpersist.transaction import backoff
 
 __all__ = ["remove_topic"]
 
+_ATTEMPTS: Final = 10  # of a removal that finds events again each time
 _PAGE: Final = 250  # keys removed in one batch
 _BESIDE: Final = tuple(collection for collection in COLLECTIONS if collection not in ("event", "event_mark"))
 _LATE: Final = 30 * 86_400.0  # seconds for which late writers are told how far a topic had come
@@ -45,6 +47,7 @@ async def remove_topic(
         await store._commit([*checks, *ops])
 
     atomic = capabilities.atomic_batch != "none"
+    attempt = 0
     while True:
         if not atomic:
             state = await log.state(topic)
@@ -64,7 +67,11 @@ async def remove_topic(
             last: Op = Delete(stat_key, stat.version if capabilities.conditional_delete else None)
         else:
             state = await log.state(topic)
-            if state.last >= state.first:
+            if state.last >= state.first:  # something was published meanwhile, or what was trimmed could not be noted
+                attempt += 1
+                if attempt == _ATTEMPTS:
+                    raise Unavailable(f"the topic {topic!r} could not be removed as a whole: try again")
+                await backoff(attempt)
                 continue
             last = Put(stat_key, stat.value, stat.version, store.clock() + _LATE)
         try:

@@ -51,7 +51,8 @@ class Watched:
         return {
             entry.key
             for entry in found
-            if not entry.key.startswith("kvpersist:") and "#def" not in entry.key and entry.value not in (b"", b"done")
+            if not entry.key.startswith("kvpersist:") and "#def" not in entry.key
+            if entry.value not in (b"", b"done") and entry.expires_at is None
         }
 
 

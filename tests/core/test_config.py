@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 import kvpersist
-from kvpersist import config
+from kvpersist import config, registry
 from kvpersist.errors import BadKey, BadOption, ReadOnly
 from kvpersist.home import Home
 
@@ -206,8 +207,40 @@ async def test_an_open_function_takes_a_profile_and_options_beside_it(home: Path
     async with kvpersist.open(profile="x", namespace="n") as db:
         assert db.store.where == "sqlite:///x.db"
     for function in (kvpersist.open, kvpersist.open_store):
-        with pytest.raises(BadOption, match="named twice"):
-            await function("memory://", profile="x")
+        for named in ({"where": "memory://"}, {"type": "memory"}, {"url": "memory://"}, {"where": {"type": "memory"}}):
+            with pytest.raises(BadOption, match="named twice"):
+                await function(**named, profile="x")
+
+
+async def test_a_profile_beside_a_bucket_is_the_buckets_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fsspec")
+    from kvpersist_drivers.buckets import BucketDriver
+
+    taken: list[Any] = []
+
+    async def refuse(options: Any) -> Any:
+        taken.append(options.profile)
+        raise kvpersist.Unavailable("enough")
+
+    monkeypatch.setattr(BucketDriver, "open", refuse)
+    for function in (kvpersist.open, kvpersist.open_store):
+        with pytest.raises(kvpersist.Unavailable):
+            await function("s3://bucket", profile="mine")
+
+    assert taken == ["mine", "mine"]
+
+
+def test_no_other_argument_hides_an_option_of_a_driver() -> None:
+    arguments = {*inspect.signature(kvpersist.open).parameters} - {"timeout"}
+    hidden = {
+        field
+        for info in registry.list_drivers(load=True)
+        if info.error is None
+        for field in registry.driver_class(info.scheme).Options.__struct_fields__
+        if field in arguments
+    }
+
+    assert hidden <= {"profile"}
 
 
 def test_what_a_file_says_of_other_stores_is_not_of_this_one(home: Path, folder: Path) -> None:

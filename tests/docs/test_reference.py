@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +249,26 @@ def test_every_page_can_be_reached_from_the_index() -> None:
     pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")} - {"index.md"}
 
     assert sorted(page for page in pages if page not in text and not page.startswith("decisions/")) == []
+
+
+def test_the_page_of_the_configuration_is_what_the_code_says() -> None:
+    made = runpy.run_path(str(ROOT / "tests" / "docs" / "make_configuration.py"))
+    text = (REFERENCE / "configuration.md").read_text("utf-8")
+
+    assert text == made["page"](text), "run: python tests/docs/make_configuration.py"
+
+
+def test_every_variable_that_the_library_reads_is_on_the_page_of_the_configuration() -> None:
+    text = (REFERENCE / "configuration.md").read_text("utf-8")
+    sources = [path for path in (ROOT / "kvpersist").rglob("*.py") if "testing" not in path.parts]
+    read = set(re.findall(r"KVPERSIST_[A-Z_]+", "".join(path.read_text("utf-8") for path in sources)))
+
+    assert sorted(name for name in read if f"`{name}`" not in text) == []
+
+
+def test_every_option_on_the_page_of_the_configuration_has_a_meaning() -> None:
+    rows = re.findall(r"^\| `.*\|$", (REFERENCE / "configuration.md").read_text("utf-8"), re.MULTILINE)
+
+    assert len(rows) > 100
+    assert [row for row in rows if row.rstrip("| ").endswith(("none", "`")) and row.count("|") < 4] == []
+    assert [row for row in rows if row.endswith("|  |")] == []

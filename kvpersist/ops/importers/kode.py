@@ -186,13 +186,9 @@ class _Tables(Source):
         table = self._tables.get(name)
         if table is None:
             return
-        quoted = self._database.quoted
-        column = quoted(table.columns["agentid"])
-        statement = f"SELECT {column}, count(*) FROM {quoted(name)} GROUP BY {column}"  # noqa: S608 - quoted names
-        for agent, count in sorted(await self._database.fetch(statement), key=str):
-            if str(agent) not in seen:
-                reason = f"{count} rows of an agent that is not in the table agents"
-                yield Problem(place=f"{name} of {agent}", reason=reason)
+        for agent, count in await self._database.strays(table, "agent_id", seen):
+            reason = f"{count} rows of an agent that is not in the table agents"
+            yield Problem(place=f"{name} of {agent}", reason=reason)
 
     @staticmethod
     def _folder(files: Path, agent: str) -> Path | None:

@@ -45,6 +45,7 @@ _MESSAGE_ID_BYTES: Final = 120  # of an encoded id: what an index entry holds wh
 _BATCH_MESSAGES: Final = 250
 _BATCH_BYTES: Final = 1 << 20  # of the messages' JSON
 _MESSAGE_OPS: Final = 8  # of a batch, for one message with a call: roughly
+_NO_MESSAGE: Final = 1 << 60  # a number behind every message's
 _SPARE: Final = 4096  # bytes that framing and key may add to a value
 
 
@@ -171,6 +172,7 @@ class _Run:
         self._progress, self._done = progress, 0
         limits = db.store.capabilities
         most = limits.max_batch
+        self._ordered = limits.atomic_batch == "none"
         self._batch = _BATCH_MESSAGES if most is None else max(1, min(_BATCH_MESSAGES, most // _MESSAGE_OPS))
         largest = limits.max_value_bytes
         self._largest = None if largest is None else max(1, largest - _SPARE)
@@ -229,8 +231,13 @@ class _Run:
         if self._dry_run:
             added = len(messages) - there
         else:
+            if not created and self._ordered:  # what a crash kept from following the last message is made up for
+                await self._db.messages.truncate(id_, after=_NO_MESSAGE)
             added = await self._append(id_, messages, there, conversation.resaved)
             await complete_calls(self._db, id_, conversation, indexes)
+        moved = conversation.session.updated_at
+        if moved is not None and not self._dry_run and (stored.updated_at is None or stored.updated_at < moved):
+            await self._touch(id_, moved)
         self.report.messages += added
         if created:
             self.report.sessions += 1
@@ -339,6 +346,14 @@ class _Run:
                 continue
             at += len(batch)
         return at - there
+
+    async def _touch(self, session_id: str, at: datetime) -> None:
+        """Let the session's last change be no earlier than the source's."""
+
+        def later(session: Session) -> Session:
+            return msgspec.structs.replace(session, updated_at=max(session.updated_at or at, at))
+
+        await self._db.sessions.update(session_id, later)
 
     async def _renamed(self, session_id: str, messages: list[Message], start: int, count: int) -> bool:
         """Give another id to messages whose id another session's message has; whether there were any."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Awaitable, Callable
 from difflib import get_close_matches
@@ -72,6 +73,8 @@ async def open_source(text: str, **options: str) -> Source:
             raise BadOption(option, "there is no such option; known: " + ", ".join(_OPTIONS))
     if not where:
         raise BadOption("source", f"write {name}:PATH or {name}:URL")
+    if "://" not in where:
+        where = os.path.expanduser(where)  # after SYSTEM: no shell does
     module, _, function = SYSTEMS[name].partition(":")
     opened = cast("Callable[..., Awaitable[Source]]", getattr(import_module(f"{__name__}.{module}"), function))
     given: dict[str, Any] = {**written, **options}

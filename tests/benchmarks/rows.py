@@ -21,6 +21,7 @@ _HELD: Final = {
     "rows_mongo": "M2",
     "rows_files": "F1 F2 F3",
     "rows_buckets": "O1",
+    "rows_length": "L1 L2",
 }
 MODULES: Final = {name: module for module, names in _HELD.items() for name in names.split()}
 

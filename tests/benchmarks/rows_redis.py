@@ -29,11 +29,11 @@ from work import (
 
 import kvpersist
 
-__all__ = ["ROWS"]
+__all__ = ["ROWS", "server"]
 
 
 @asynccontextmanager
-async def _server() -> AsyncIterator[tuple[Any, str, str, str]]:
+async def server() -> AsyncIterator[tuple[Any, str, str, str]]:
     """A client, the server's URL, what keys are to begin with, and how the server keeps what it answered."""
     url, base = needed("redis")["REDIS_URL"], new_name()
     client = await connected(url)
@@ -49,7 +49,7 @@ async def _server() -> AsyncIterator[tuple[Any, str, str, str]]:
 
 @asynccontextmanager
 async def _records(stored: int) -> AsyncIterator[tuple[Any, RawRedis[Note], list[str], str]]:
-    async with _server() as (client, url, base, setting), kvpersist.open_store({"url": url, "base": base}) as store:
+    async with server() as (client, url, base, setting), kvpersist.open_store({"url": url, "base": base}) as store:
         raw = RawRedis(client, f"{base}raw", Note)
         notes = kvpersist.Repository(store, Note, name="note", key="id")
         yield notes, raw, await fill(notes, raw, stored), setting
@@ -98,7 +98,7 @@ async def _r3(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
 async def _r4(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
     count = TASKS * int(6 * plan.scale)
     async with (
-        _server() as (client, url, base, setting),
+        server() as (client, url, base, setting),
         Redis.from_url(url) as pool,  # a connection for each pipeline under way
         kvpersist.open({"url": url, "base": base}) as db,
     ):
@@ -123,7 +123,7 @@ async def _r4(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
 async def _r5(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
     count = int(200 * plan.scale)
     async with (
-        _server() as (client, url, base, setting),
+        server() as (client, url, base, setting),
         kvpersist.open({"url": url, "base": f"{base}a"}) as db,
         kvpersist.open_store({"url": url, "base": f"{base}s"}) as store,
     ):

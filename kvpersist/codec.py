@@ -25,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any, Final, Generic, Literal, TypeAlias, TypeVar, cast, get_origin, is_typeddict
 from zlib import crc32
 
@@ -58,6 +59,7 @@ __all__ = [
     "RecordCodec",
     "Upcaster",
     "decode_plain",
+    "described",
     "encode_plain",
     "frame",
     "manifest_of",
@@ -482,10 +484,16 @@ def _plain_dict(key: str, framed: Framed) -> dict[str, Any]:
     return cast("dict[str, Any]", value)
 
 
+@lru_cache(maxsize=256)
+def described(type_: Any) -> inspect.Type:
+    """Return what msgspec knows of a record type; dear, and asked often when a collection is declared."""
+    return inspect.type_info(type_)
+
+
 def _record_info(type_: Any) -> inspect.Type:
     """Describe a record type, or refuse it."""
     try:
-        info = inspect.type_info(type_)
+        info = described(type_)
         msgspec.msgpack.Decoder(type_)
     except (TypeError, NameError) as error:
         raise Unencodable("", f"{type_!r} is not a record type: {error}") from error

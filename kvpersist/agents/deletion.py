@@ -179,6 +179,10 @@ async def belonging(repository: Repository[Any], field: str, id: str) -> AsyncIt
     """
     value_of = attrgetter(field)
     store, decode = repository.store, repository._codec.decode
+    if repository._definitions.cached is None:
+        [definition] = await store._entries([repository._definitions.key])
+        if definition is None:  # the first write of a collection makes it
+            return
     try:
         query = await repository._reader.query({field: id})
     except IndexNotReady:

@@ -271,7 +271,8 @@ class Births:
                 return False
             also: list[Op] = [Put(marker_key, PENDING), *([] if guard is None else [guard])]
             if birth is not None:
-                also.append(Delete(birth_key, birth.version))
+                conditional = self._store.capabilities.conditional_delete
+                also.append(Delete(birth_key, birth.version if conditional else None))
             try:
                 if stored is None:
                     await self._store._commit(also)
@@ -391,8 +392,8 @@ class Records(Generic[R]):
         self, *, limit: int = 100, offset: int = 0, on_corrupt: OnCorrupt | None = None, **where: Any
     ) -> list[R]:
         """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
-        if offset < 0:
-            raise BadRequest(f"offset={offset}: pass over none, or some")
+        if limit < 1 or offset < 0:
+            raise BadRequest(f"limit={limit}, offset={offset}: ask for at least one, behind none or some")
         found = await self.repository.find(limit=limit + offset, on_corrupt=on_corrupt, **where)
         return found[offset:]
 
@@ -449,9 +450,9 @@ class Records(Generic[R]):
                 else:
                     before = self._decode(entry)
                     made = self._renewed(record, before)
-                    await self._replace(pk, made, before, entry)
+                    await self._write(pk, made, before, entry)
             except UniqueConflict as conflict:
-                if conflict.index != "id" or conflict.holder != keys.unescape(pk):
+                if conflict.index != "id" or conflict.holder != _shown(pk):
                     raise
             except Conflict:
                 pass
@@ -481,7 +482,7 @@ class Records(Generic[R]):
             if self.repository._pk_of(changed) != pk:
                 raise BadRequest(f"the key of a stored {self.repository.name} cannot change: create another")
             try:
-                await self._replace(pk, changed, before, entry)
+                await self._write(pk, changed, before, entry)
             except UniqueConflict:
                 raise
             except Conflict:
@@ -570,9 +571,6 @@ class Records(Generic[R]):
     async def _insert(self, record: R) -> None:
         await self._write(self.repository._pk_of(record), record, None, None)
 
-    async def _replace(self, pk: str, record: R, before: R, entry: Entry) -> None:
-        await self._write(pk, record, before, entry)
-
     async def _write(self, pk: str, record: R, before: R | None, entry: Entry | None) -> None:
         """Write a record in place of the entry that was read, on condition of what it belongs to."""
         key, expires_at = self.repository._prefix + pk, self._ttl(record)
@@ -594,10 +592,11 @@ class Records(Generic[R]):
             except UniqueConflict:
                 raise
             except Conflict as conflict:
-                if conflict.key == key and entry is None:
+                if conflict.key != key or entry is not None:
+                    if not self._family.forget(conflict.key):
+                        raise
+                elif self._family.atomic:
                     raise _taken(pk) from conflict
-                if not self._family.forget(conflict.key):
-                    raise
             await backoff(attempt)
         raise Conflict(key, version_of(entry))
 
@@ -682,6 +681,15 @@ class Parents(Records[R]):
 
     async def _insert(self, record: R) -> None:
         await self.births.bear(self.repository._pk_of(record), record, lambda: checks_of(self._belongs, record))
+
+    def _cascade_of(self, field: str) -> Cascade:
+        cascade = super()._cascade_of(field)
+
+        async def and_what_was_begun(id_: str, guard: Check) -> None:
+            await cascade(id_, guard)
+            await self.births.deletions.finish_all()  # of those that somebody removed and could not finish
+
+        return and_what_was_begun
 
     async def _remove_page(self, page: Sequence[Entry], guard: Check) -> None:
         for entry in page:
@@ -793,7 +801,7 @@ class Children(Records[R]):
                 before = self._decode(stored[pk])
                 made = before if self._same(item, before) else self._renewed(item, before)
             if pk in wanted:
-                raise BadRequest(f"two items have the key {keys.unescape(pk.replace('!', ', '))!r}")
+                raise BadRequest(f"two items have the key {_shown(pk)!r}")
             wanted[pk] = made
         return wanted
 
@@ -885,8 +893,11 @@ def _ordered(repository: Repository[R]) -> OrderedWriter[R]:
 
 
 def _taken(pk: str) -> UniqueConflict:
-    shown = ", ".join(keys.unescape(part) for part in pk.split("!"))
-    return UniqueConflict("id", shown, shown)
+    return UniqueConflict("id", _shown(pk), _shown(pk))
+
+
+def _shown(pk: str) -> str:
+    return ", ".join(keys.unescape(part) for part in pk.split("!"))
 
 
 def _plain(id: Any) -> Any:

@@ -40,8 +40,8 @@ class LoginSessions(Records[LoginSession]):
             name="login_session",
             indexes=[
                 Index("user_id", order_by="-created_at"),
+                Index(order_by="-created_at"),  # before the next one: the order of all
                 Index(order_by="expires_at"),
-                Index(order_by="-created_at"),
             ],
         )
 

@@ -91,14 +91,7 @@ class Persistence:
             Session,
             name="session",
             namespace=namespace,
-            indexes=[
-                Index("user_id", order_by="-created_at"),
-                Index("agent_id", order_by="-created_at"),
-                Index("container_id", order_by="-created_at"),
-                Index("image_id", order_by="-created_at"),
-                Index(order_by="-created_at"),
-                *_own(session_indexes),
-            ],
+            indexes=_own(session_indexes),
         )
         messages = Repository(
             store,
@@ -346,12 +339,20 @@ def open(
 
 
 def _own(indexes: Iterable[Index]) -> list[Index]:
-    """Refuse what cannot be indexed in a session's own record."""
-    declared = list(indexes)
+    """Return the indexes of sessions; refuse what cannot be indexed in a session's own record."""
+    usual = [
+        Index("user_id", order_by="-created_at"),
+        Index("agent_id", order_by="-created_at"),
+        Index("container_id", order_by="-created_at"),
+        Index("image_id", order_by="-created_at"),
+        Index(order_by="-created_at"),
+    ]
+    named = {index.name: (index.fields, index.order_by) for index in usual}
+    declared = [index for index in indexes if named.get(index.name) != (index.fields, index.order_by)]
     for index in declared:
         if index.name == "updated" or "updated_at" in (*index.fields, (index.order_by or "").removeprefix("-")):
             raise BadOption("session_indexes", "updated_at is kept beside the record: use sessions.recent()")
-    return declared
+    return [*usual, *declared]
 
 
 def _add(total: dict[str, int], counts: Mapping[str, int]) -> None:

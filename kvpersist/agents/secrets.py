@@ -129,7 +129,7 @@ def _read(path: Path) -> str:
 
 
 def _keys_of(given: SecretKey, option: str) -> list[bytes]:
-    many = [given] if isinstance(given, str | bytes) else list(given)
+    many: Any = given if isinstance(given, list | tuple) else [given]
     keys = [_key_of(each, option) for each in many]
     if not keys:
         raise BadOption(option, "there is no key in it")

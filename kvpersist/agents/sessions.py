@@ -206,6 +206,7 @@ class Sessions:
             async for page in belonging(self._all.sessions, field, id_):
                 for entry in page:
                     await self._delete(keys.unescape(entry.key[len(prefix) :]), guard)
+            await self._all.births.deletions.finish_all()  # of those that somebody removed and could not finish
 
         return cascade
 

@@ -75,8 +75,8 @@ class Traces(Records[Trace]):
                 Index("root", order_by="-started_at"),
                 Index("failed", order_by="-started_at"),
                 Index("type", order_by="-started_at"),
+                Index(order_by="-started_at"),  # before the next one: the order of all
                 Index(order_by="duration"),
-                Index(order_by="-started_at"),
             ],
             belongs=[Belongs("session_id", sessions)],
         )
@@ -153,12 +153,12 @@ class Traces(Records[Trace]):
         Raises:
             NoIndex: it would have to, and ``scan`` is not set.
         """
-        if offset < 0:
-            raise BadRequest(f"offset={offset}: pass over none, or some")
+        if limit < 1 or offset < 0:
+            raise BadRequest(f"limit={limit}, offset={offset}: ask for at least one, behind none or some")
         reader = self.repository._reader
         while True:
             query = await self._query(where, scan)
-            found, _ = await reader.records(query, query.start, _bounded(limit) + offset, on_corrupt)
+            found, _ = await reader.records(query, query.start, limit + offset, on_corrupt)
             if await reader.unchanged(query):
                 return [trace for _, trace in found[offset:]]
 

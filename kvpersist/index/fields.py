@@ -15,6 +15,7 @@ import msgspec
 from msgspec import inspect
 
 from kvpersist import keys
+from kvpersist.codec import described
 from kvpersist.errors import BadKey, BadOption, BadRequest, Unencodable
 
 __all__ = ["KINDS", "Field", "Part", "field_at", "getter", "key_parts", "returned_kind"]
@@ -106,7 +107,7 @@ def field_at(type_: type, path: str, what: str) -> Field:
     Raises:
         BadOption: no such field (the error lists those there are), or one that no key can hold.
     """
-    at = inspect.type_info(type_)
+    at = described(type_)
     done: list[str] = []
     optional = False
     for step in path.split("."):

@@ -384,6 +384,43 @@ class PersistenceContract(ABC, Generic[D]):
             assert [key for key, entry in (await _everything(driver)).items() if _lives(entry) and "!m" in key] == []
             assert (await db.stats()).messages == 1
 
+    async def test_a_container_takes_along_what_belongs_to_it(self, driver: D) -> None:
+        async with _opened(driver) as db, kvpersist.open(driver, **_INDEXES) as other:
+            await db.containers.create(id="kept")
+            await db.images.create(id="kept", container_id="kept")
+            before = await _everything(driver)
+            await db.containers.create(id="c")
+            for n in range(3):
+                await db.images.create(id=f"i{n}", container_id="c", name="same")
+                await db.prototypes.create(container_id="c")
+                await db.providers.create(container_id="c", is_default=True, secret_ref="env:KEY")  # noqa: S106
+            assert [each.is_default for each in await db.providers.find(container_id="c")].count(True) == 1
+            await other.sessions.create(id="s", container_id="c", image_id="i0")
+            await other.messages.append_many("s", _turn("a"))
+            await other.confirmations.save(kvpersist.Confirmation(session_id="s", tool_name="rm"))
+            trace = await other.traces.start("run", session_id="s")
+            await other.traces.end(trace.id, output=0)
+
+            assert await db.containers.delete("c")
+
+            for write in (
+                other.images.create(container_id="c"),
+                other.providers.create(container_id="c", is_default=True),
+                other.sessions.create(container_id="c"),
+                other.traces.create(name="late", session_id="s"),
+                other.confirmations.save(kvpersist.Confirmation(session_id="s", tool_name="late")),
+            ):
+                with pytest.raises(ParentGone):
+                    await write
+            for repository in db._family.repositories.values():  # where batches are not atomic, entries may be stale
+                await repository.verify(repair=True)
+            left = {key for key, entry in (await _everything(driver)).items() if _lives(entry)}
+            assert {key for key in left - before.keys() if "#def" not in key} == set()
+            assert await db.containers.delete("c") is False
+            await db.containers.create(id="c")
+            await other.images.create(id="i0", container_id="c")
+            assert [image.id for image in await db.images.find(container_id="c")] == ["i0"]
+
     # -- life ----------------------------------------------------------------------------------
 
     async def test_records_are_there_after_a_reopen(self, driver: D) -> None:
@@ -425,7 +462,7 @@ async def _opened(driver: Driver, namespace: str = "kv") -> AsyncIterator[Persis
 
 async def _sound(db: Persistence) -> None:
     every = db._all
-    repositories: list[Any] = [every.sessions, every.messages, every.tool_calls]
+    repositories: list[Any] = [every.sessions, every.messages, every.tool_calls, *db._family.repositories.values()]
     for repository in repositories:
         assert _unexpected(db, await repository.verify()) == []
     messages = Counter([message.session_id async for message in every.messages.iterate()])

@@ -15,6 +15,7 @@ from kvpersist.agents.persistence import Persistence
 from kvpersist.agents.records import ToolCall
 from kvpersist.driver import Batch, Committed, Driver, Entry
 from kvpersist.errors import KvError
+from kvpersist.keys import prefix_end, unescape
 from kvpersist.testing.faults import FaultyDriver
 from kvpersist_drivers.memory import MemoryDriver
 from kvpersist_drivers.sqlite import SqliteDriver
@@ -106,12 +107,18 @@ def sound() -> Sound:
 
 async def _sound(db: Persistence) -> None:
     every = db._all
-    repositories: list[Any] = [every.sessions, every.messages, every.tool_calls]
+    repositories: list[Any] = [
+        every.sessions,
+        every.messages,
+        every.tool_calls,
+        *db._family.repositories.values(),
+    ]
     for repository in repositories:
         found = await repository.verify()
         if db.store.capabilities.atomic_batch == "none":  # there an entry may be stale, never missing
             found = [damage for damage in found if damage.kind != "stale"]
         assert found == []
+    await _family_sound(db)
     alive = {session.id async for session in db.sessions.iterate()}
     messages = [message async for message in every.messages.iterate()]
     calls = [call async for call in every.tool_calls.iterate()]
@@ -135,6 +142,30 @@ async def _sound(db: Persistence) -> None:
                 states["failed"],
             )
         _answers_fit(mine, asked)
+
+
+async def _family_sound(db: Persistence) -> None:
+    """Every parent has its birth key, every birth key its parent, and every record what it belongs to."""
+    living: dict[str, set[str]] = {}
+    for kind, births in db._family.births.items():
+        prefixes = births.repository._prefix, births.prefix
+        there, born = [
+            {entry.key[len(prefix) :] for entry in await db.store._scan(prefix, prefix_end(prefix), limit=10_000)}
+            - {entry.key[len(prefix) :] for entry in await _tombstones(db, prefix)}
+            for prefix in prefixes
+        ]
+        assert there == born, f"records and birth keys of {kind}"
+        living[kind] = {unescape(part) for part in there}
+    for records in (db.images, db.prototypes, db.providers, db.traces, db.confirmations._pending):
+        async for record in records.iterate():
+            for each in records._belongs:
+                named = getattr(record, each.field)
+                assert named is None or named in living[each.births.kind], record
+
+
+async def _tombstones(db: Persistence, prefix: str) -> list[Entry]:
+    found = await db.store._scan(prefix, prefix_end(prefix), limit=10_000)
+    return [entry for entry in found if entry.value == b""]
 
 
 def _answers_fit(messages: list[kvpersist.Message], calls: list[ToolCall]) -> None:

@@ -22,19 +22,19 @@ TURN = [
 async def test_an_index_declared_over_sessions_already_there_answers_after_a_reindex() -> None:
     driver = MemoryDriver()
     async with kvpersist.open(driver) as old:
-        await old.sessions.create(id="s", agent_id="a")
-    async with kvpersist.open(driver, session_indexes=[Index("agent_id")]) as db:
+        await old.sessions.create(id="s", title="a")
+    async with kvpersist.open(driver, session_indexes=[Index("title")]) as db:
         with pytest.raises(IndexNotReady):
-            await db.sessions.find(agent_id="a")
-        async with kvpersist.open(driver, session_indexes=[Index("agent_id")]) as other:
+            await db.sessions.find(title="a")
+        async with kvpersist.open(driver, session_indexes=[Index("title")]) as other:
             with pytest.raises(IndexNotReady):
-                await other.sessions.find(agent_id="a")
+                await other.sessions.find(title="a")
 
             done = await db.reindex()
 
             assert done["session"].records == 1
-            assert [session.id for session in await db.sessions.find(agent_id="a")] == ["s"]
-            assert [session.id for session in await other.sessions.find(agent_id="a")] == ["s"]
+            assert [session.id for session in await db.sessions.find(title="a")] == ["s"]
+            assert [session.id for session in await other.sessions.find(title="a")] == ["s"]
 
 
 async def test_plain_writes_between_the_records_are_refused_before_the_first_session() -> None:

@@ -10,16 +10,27 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from kvpersist.agents.agents import Agent, AgentStats
     from kvpersist.agents.confirmations import Confirmation
     from kvpersist.agents.containers import Container
+    from kvpersist.agents.history import (
+        Compression,
+        CompressionConfig,
+        HistoryWindow,
+        RecoveredFile,
+        WindowStats,
+    )
     from kvpersist.agents.images import Image
     from kvpersist.agents.login_sessions import LoginSession
+    from kvpersist.agents.media import Media
     from kvpersist.agents.persistence import Persistence
     from kvpersist.agents.persistence import open as open
     from kvpersist.agents.prototypes import Prototype
     from kvpersist.agents.providers import Provider
     from kvpersist.agents.records import Message, Session, TimelineItem, ToolCall, ToolCallPart
     from kvpersist.agents.secrets import new_secret_key
+    from kvpersist.agents.snapshots import Bookmark, Snapshot
+    from kvpersist.agents.todos import Todo, TodoList
     from kvpersist.agents.traces import TokenUsage, Trace
     from kvpersist.changes import Change, Watch
     from kvpersist.errors import CommitUnknown, Conflict, EventsExpired, KvError, LeaseLost, Locked, Unavailable
@@ -33,14 +44,20 @@ if TYPE_CHECKING:
     from kvpersist.transaction import Transaction
 
 __all__ = [
+    "Agent",
+    "AgentStats",
+    "Bookmark",
     "Change",
     "CommitUnknown",
+    "Compression",
+    "CompressionConfig",
     "Confirmation",
     "Conflict",
     "Container",
     "EventEntry",
     "EventQueue",
     "EventsExpired",
+    "HistoryWindow",
     "Holder",
     "Image",
     "Index",
@@ -52,16 +69,21 @@ __all__ = [
     "Locked",
     "Log",
     "LoginSession",
+    "Media",
     "Message",
     "NewEvent",
     "Page",
     "Persistence",
     "Prototype",
     "Provider",
+    "RecoveredFile",
     "Repository",
     "Session",
+    "Snapshot",
     "Store",
     "TimelineItem",
+    "Todo",
+    "TodoList",
     "TokenUsage",
     "ToolCall",
     "ToolCallPart",
@@ -70,6 +92,7 @@ __all__ = [
     "Unavailable",
     "Versioned",
     "Watch",
+    "WindowStats",
     "__version__",
     "at_least",
     "at_most",
@@ -83,6 +106,9 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES: Final = {
+    "kvpersist.agents.agents": ("Agent", "AgentStats"),
+    "kvpersist.agents.history": ("Compression", "CompressionConfig", "HistoryWindow", "RecoveredFile", "WindowStats"),
+    "kvpersist.agents.media": ("Media",),
     "kvpersist.agents.confirmations": ("Confirmation",),
     "kvpersist.agents.containers": ("Container",),
     "kvpersist.agents.images": ("Image",),
@@ -96,6 +122,8 @@ _HOMES: Final = {
     ),
     "kvpersist.agents.persistence": ("Persistence", "open"),
     "kvpersist.agents.records": ("Message", "Session", "TimelineItem", "ToolCall", "ToolCallPart"),
+    "kvpersist.agents.snapshots": ("Bookmark", "Snapshot"),
+    "kvpersist.agents.todos": ("Todo", "TodoList"),
     "kvpersist.changes": ("Change", "Watch"),
     "kvpersist.errors": (
         "CommitUnknown",

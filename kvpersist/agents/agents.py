@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import datetime
 from threading import Lock
 from typing import Any, Final, Literal, TypeAlias, get_args
@@ -13,13 +13,14 @@ from uuid import UUID
 import msgspec
 
 from kvpersist import keys
+from kvpersist.agents.agent_forks import AgentForks
 from kvpersist.agents.family import Family, Parents
-from kvpersist.agents.forks import AgentForks
-from kvpersist.agents.records import ToolStats
 from kvpersist.agents.sessions import Sessions
 from kvpersist.agents.snapshots import Bookmark, Snapshots, marked
+from kvpersist.driver import Op
 from kvpersist.errors import BadRequest, KeyTooLong, ParentGone
 from kvpersist.index import Index, between
+from kvpersist.index.atomic_writer import AtomicWriter
 from kvpersist.index.declaration import Range
 from kvpersist.index.reads import OnCorrupt, decoded
 from kvpersist.index.writer import live
@@ -105,6 +106,28 @@ class AgentParents(Parents[Agent]):
         """Store a new agent that no reader is given."""
         await self._family.own()
         await self._insert(msgspec.structs.replace(agent, created_at=None, updated_at=None))
+
+    async def show(self, id: str, also: Sequence[Op]) -> Agent | None:
+        """Give a hidden agent its time; return it, None where there is none.
+
+        Args:
+            also: where batches are atomic, further operations of the same batch.
+
+        Raises:
+            Conflict: it was changed or deleted meanwhile, or at an operation of ``also``.
+        """
+        pk = self.repository._pk(id)
+        entry = await self._entry(pk)
+        if entry is None:
+            return None
+        now = self._family.now()
+        shown = msgspec.structs.replace(self._decode(entry), created_at=now, updated_at=now)
+        writer = self.repository._writer
+        if isinstance(writer, AtomicWriter):
+            await writer.save(pk, shown, old=entry, also=also)
+        else:
+            await writer.save(pk, shown, old=entry)
+        return shown
 
     def beginning(self, id_prefix: str) -> tuple[str, str | None]:
         """Between which keys the agents lie whose ids begin so."""
@@ -274,7 +297,7 @@ class Agents:
             _add(total.messages_by_role, stat.roles)
             for name, tool in stat.tools.items():
                 _add(total.tool_calls_by_name, {name: tool.calls})
-                _add(total.tool_calls_by_state, _by_state(tool))
+                _add(total.tool_calls_by_state, tool.by_state())
         if total.sessions:
             total.messages_per_session = total.messages / total.sessions
         if total.tool_calls:
@@ -372,11 +395,6 @@ def _newest_first(agent: Agent) -> tuple[float, str]:
 def _by_time(where: dict[str, Any]) -> dict[str, Any]:
     """Ask for a time in any case: through an index by time hidden agents are not met."""
     return where or {"created_at": between(None, None)}
-
-
-def _by_state(tool: ToolStats) -> dict[str, int]:
-    states = {"pending": tool.pending, "completed": tool.completed, "failed": tool.failed}
-    return {state: count for state, count in states.items() if count}
 
 
 def _add(total: dict[str, int], counts: Mapping[str, int]) -> None:

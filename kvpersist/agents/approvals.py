@@ -5,7 +5,7 @@ from                to
 ==================  ==============================================================================
 pending             approval_required, approved, executing, completed, failed, denied, sealed
 approval_required   approved, denied, failed, sealed
-approved            executing, completed, failed, denied, sealed
+approved            executing, completed, failed, sealed
 executing           completed, failed, sealed
 ==================  ==============================================================================
 
@@ -27,7 +27,7 @@ import msgspec
 from kvpersist.agents.collections import Collections
 from kvpersist.agents.items import EditCall, ReplaceCalls, Rewritten
 from kvpersist.agents.ordered import OrderedTurns
-from kvpersist.agents.records import TOOL_CALL_STATES, Approval, AuditEntry, ToolCall, ToolCallState, utc
+from kvpersist.agents.records import Approval, AuditEntry, ToolCall, ToolCallState, utc
 from kvpersist.agents.turns import Turns
 from kvpersist.errors import BadRequest, BadTransition, UniqueConflict
 
@@ -37,7 +37,7 @@ TRANSITIONS: Final[Mapping[ToolCallState, tuple[ToolCallState, ...]]] = MappingP
     {
         "pending": ("approval_required", "approved", "executing", "completed", "failed", "denied", "sealed"),
         "approval_required": ("approved", "denied", "failed", "sealed"),
-        "approved": ("executing", "completed", "failed", "denied", "sealed"),
+        "approved": ("executing", "completed", "failed", "sealed"),
         "executing": ("completed", "failed", "sealed"),
         "completed": (),
         "failed": (),
@@ -157,7 +157,7 @@ class CallStates:
             page = await self._all.tool_calls.page(limit=_PAGE, after=cursor, state="approval_required")
             found += [call for call in page.items if parent is None or call.session_id == parent]
             if page.cursor is None:
-                return found[::-1]
+                return sorted(found, key=lambda call: (call.created_at, call.session_id, call.number, call.position))
             cursor = page.cursor
 
     async def replace_all(self, session_id: str | UUID, calls: Iterable[ToolCall]) -> int:
@@ -212,10 +212,11 @@ def state_named(state: str) -> ToolCallState:
     Raises:
         BadRequest: there is no such state.
     """
-    name = state.lower() if isinstance(cast("Any", state), str) else state
-    if name not in TOOL_CALL_STATES:
-        raise BadRequest(f"unknown state {state!r}: use one of {', '.join(TRANSITIONS)}")
-    return cast("ToolCallState", name)
+    wanted = state.lower() if isinstance(cast("Any", state), str) else ""
+    for name in TRANSITIONS:
+        if name == wanted:
+            return name
+    raise BadRequest(f"unknown state {state!r}: use one of {', '.join(TRANSITIONS)}")
 
 
 def _moved(

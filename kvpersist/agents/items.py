@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from datetime import datetime
 from typing import Any, Final, NamedTuple, cast
 
@@ -111,13 +112,24 @@ class Replace:
     """Make a session's messages the given ones, which are checked already. Answered with a `Rewritten`.
 
     ``anonymous``: ids made just now, whose messages are known by their content; ``undated``: those
-    whose time was made just now.
+    whose time was made just now. ``make``, if there is one, makes the messages of those that are stored,
+    and of their calls; then it is one batch, or none. ``since``: what others appended behind that number
+    follows the messages, without atomic batches.
     """
 
-    __slots__ = ("anonymous", "messages", "most", "undated")
+    __slots__ = ("anonymous", "make", "messages", "most", "since", "undated")
 
-    def __init__(self, messages: Sequence[Message], anonymous: Set[str], undated: Set[str], most: int) -> None:
+    def __init__(
+        self,
+        messages: Sequence[Message],
+        anonymous: AbstractSet[str],
+        undated: AbstractSet[str],
+        most: int,
+        make: Callable[[Sequence[Message], Sequence[ToolCall]], Sequence[Message]] | None = None,
+    ) -> None:
         self.messages, self.anonymous, self.undated, self.most = messages, anonymous, undated, most
+        self.make = make
+        self.since: int | None = None
 
 
 class ReplaceCalls:
@@ -163,18 +175,7 @@ class Kill:
         self.guard, self.before, self.closed = guard, before, closed
 
 
-Item = (
-    Turn
-    | Edit
-    | Remove
-    | Replace
-    | ReplaceCalls
-    | Begin
-    | End
-    | EditCall
-    | EditSession
-    | Kill
-)
+Item = Turn | Edit | Remove | Replace | ReplaceCalls | Begin | End | EditCall | EditSession | Kill
 
 
 def asked_call(message: Message, position: int) -> ToolCall:

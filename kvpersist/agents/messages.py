@@ -12,6 +12,7 @@ from kvpersist.agents.collections import Collections
 from kvpersist.agents.items import Edit, Remove, Rewritten, Turn, checked
 from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.records import Message
+from kvpersist.agents.repairs import Repairs
 from kvpersist.agents.rewrites import Rewrites
 from kvpersist.agents.turns import Turns
 from kvpersist.driver import Entry
@@ -27,7 +28,7 @@ _PAGE: Final = 250  # messages read at once
 _LONGEST: Final = 1_000  # messages of one batch
 
 
-class Messages(Rewrites):
+class Messages(Rewrites, Repairs):
     """The messages of one namespace, ``db.messages``."""
 
     def __init__(self, collections: Collections, turns: Turns | OrderedTurns) -> None:
@@ -105,9 +106,15 @@ class Messages(Rewrites):
         entry = live(entry)
         return None if entry is None else self._all.messages._codec.decode(key, entry.value)
 
-    async def last(self, session_id: str | UUID, n: int) -> list[Message]:
-        """Return the ``n`` newest messages in chronological order: one range read at any length."""
-        return (await self.range(session_id, limit=n, reverse=True))[::-1]
+    async def last(self, session_id: str | UUID, n: int, *, repair: bool = False) -> list[Message]:
+        """Return the ``n`` newest messages in chronological order: one range read at any length.
+
+        Args:
+            repair: as a model takes them: each call with its answer behind it, and no other answers. What
+                is stored stays as it is; `kvpersist.agents.repairs` says what is done to broken turns.
+        """
+        found = (await self.range(session_id, limit=n, reverse=True))[::-1]
+        return await self._fit(str(session_id), found) if repair else found
 
     async def range(
         self,

@@ -9,7 +9,8 @@ gone, the turn is taken back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Final, TypeVar, cast
 
 import msgspec
@@ -95,7 +96,9 @@ class OrderedTurns:
         return draft.done(stat.indexed_at)
 
     async def _brought_up(self, part: str, draft: Draft, stat: Stat, *, write: bool) -> None:
-        if stat.unsure:  # a rewriting was interrupted
+        if stat.unsure and write:  # a rewriting was interrupted
+            await self._mend(part, draft)
+        elif stat.unsure:
             await self._recount(part, draft)
         else:
             await self._catch_up(part, draft, write=write)
@@ -126,7 +129,7 @@ class OrderedTurns:
         part = keys.encode(session_id)
         draft = Draft(parent.stat)
         if parent.stat.unsure:
-            await self._recount(part, draft)
+            await self._mend(part, draft)
         results: list[Any] = []
         amends: list[Recount] = []
         for item in items:
@@ -135,10 +138,8 @@ class OrderedTurns:
                     results.append(await self._turn(session_id, part, parent, draft, item))
                     continue
                 if type(item) is Kill:
-                    if item.guard is not None and not await self._all.family.holds([item.guard]):
-                        return Built([], lambda version: parent, [Conflict(item.guard.key, item.guard.expect)])
                     return await self._kill(part, parent, item)
-                if type(item) in (Remove, Replace, ReplaceCalls):
+                if isinstance(item, (Remove, Replace, ReplaceCalls)):
                     parent = await self._doubted(part, parent)
                     results.append(await self._rewritten(session_id, part, parent, draft, item))
                     amends.append(Recount())
@@ -173,6 +174,8 @@ class OrderedTurns:
 
     async def _kill(self, part: str, parent: Parent, item: Kill) -> Built[Parent, Any]:
         every = self._all
+        if item.guard is not None and not await every.family.holds([item.guard]):
+            return Built([], lambda version: parent, [Conflict(item.guard.key, item.guard.expect)])
         if not await self._may_go(part, item):
             return Built([], lambda version: parent, [False])
         conditional = self._store.capabilities.conditional_delete
@@ -231,7 +234,7 @@ class OrderedTurns:
         part: str,
         draft: Draft,
         messages: Sequence[Message],
-        leaving: Set[str] = frozenset(),
+        leaving: AbstractSet[str] = frozenset(),
     ) -> None:
         """Raise what the turn would fail with half way: values that cannot be kept, unique ones that are taken.
 
@@ -259,7 +262,11 @@ class OrderedTurns:
         for claim, holder in zip(claims, holders, strict=True):
             slot, _ = wanted[claim.key]
             holder = live(holder)
-            if holder is not None and holder.key not in leaving and claim.key in slot.stored_keys(writer.decoded(holder), claim.value.decode()):
+            if (
+                holder is not None
+                and holder.key not in leaving
+                and claim.key in slot.stored_keys(writer.decoded(holder), claim.value.decode())
+            ):
                 raise writer.taken(slot, claim.key, claim.value.decode())
 
     async def _take_back(self, part: str, messages: Sequence[Message]) -> None:
@@ -350,13 +357,15 @@ class OrderedTurns:
             draft.touch(self._all.now())
             return changed
 
-    async def _rewritten(self, session_id: str, part: str, parent: Parent, draft: Draft, item: Any) -> Rewritten:
+    async def _rewritten(
+        self, session_id: str, part: str, parent: Parent, draft: Draft, item: Remove | Replace | ReplaceCalls
+    ) -> Rewritten:
         """Rewrite, and again where another writer came between: what stands is read anew each time."""
         for _ in range(_ATTEMPTS):
             try:
-                if type(item) is Remove:
+                if isinstance(item, Remove):
                     return await self._remove(session_id, part, draft, item)
-                if type(item) is Replace:
+                if isinstance(item, Replace):
                     return await self._replace(session_id, part, parent, draft, item)
                 return await self._replace_calls(part, draft, item)
             except KvError as error:
@@ -381,19 +390,51 @@ class OrderedTurns:
     async def _take_out(
         self, part: str, draft: Draft, removed: Sequence[StoredMessage], behind: int | None = None
     ) -> list[StoredCall]:
-        """Remove messages, the newest first, then what follows from that; return the calls that went with them."""
+        """Remove messages, the newest first, each behind its calls; return the calls that went with them.
+
+        What a crash leaves of one message, `_mend` finds: calls that it still asks for, or still answers.
+        """
         every = self._all
         gone, waiting = await followers(every, part, removed, behind)
+        now = every.now()
+        numbers = {message.number for _, message in removed}
+        await self._drop_calls(draft, [each for each in gone if each[1].number not in numbers])
         for entry, message in removed:
+            await self._drop_calls(draft, [each for each in gone if each[1].number == message.number])
+            for stored, call in waiting:
+                if call.result_number == message.number:
+                    asked = unanswered(call, now)
+                    await ordered_writer(every.tool_calls).save(stored.key[len(every.call_prefix) :], asked, old=stored)
+                    draft.count(call, asked)
             if await ordered_writer(every.messages).remove(entry.key[len(every.message_prefix) :]):
                 draft.remove(message)
-        await self._drop_calls(draft, gone)
-        now = every.now()
-        for entry, call in waiting:
-            asked = unanswered(call, now)
-            await ordered_writer(every.tool_calls).save(entry.key[len(every.call_prefix) :], asked, old=entry)
-            draft.count(call, asked)
         return gone
+
+    async def _mend(self, part: str, draft: Draft) -> None:
+        """Bring calls into line with messages after an interrupted rewriting, and count all of them."""
+        every = self._all
+        writer = ordered_writer(every.tool_calls)
+        calls: dict[tuple[int, int], StoredCall] = {}
+        async for entry in every.calls_of(part, 0, _ANY_NUMBER):
+            call = writer._codec.decode(entry.key, entry.value)
+            calls[call.number, call.position] = entry, call
+        entries = after_stat(self._store, f"{every.message_prefix}{part}!", 0)
+        messages = [every.messages._codec.decode(each.key, each.value) async for each in entries if live(each)]
+        numbers = {message.number for message in messages if message.role == "tool"}
+        for entry, call in calls.values():
+            if call.result_number is not None and call.result_number not in numbers:
+                await writer.save(entry.key[len(every.call_prefix) :], unanswered(call, every.now()), old=entry)
+        for message in messages:
+            for position in range(len(message.tool_calls or ())):
+                if (message.number, position) not in calls:
+                    pk = f"{part}!{keys.encode(message.number)}!{keys.encode(position)}"
+                    [tombstone] = await self._store._entries([every.call_prefix + pk])
+                    await writer.save(pk, asked_call(message, position), old=tombstone)
+        await self._recount(part, draft)
+        joined = {call.result_number for _, call in calls.values()}
+        for message in messages:
+            if message.role == "tool" and message.number not in joined:
+                await self._follow(part, draft, message, write=True)
 
     async def _drop_calls(self, draft: Draft, gone: Sequence[StoredCall]) -> None:
         for entry, call in gone:
@@ -404,6 +445,8 @@ class OrderedTurns:
         every = self._all
         plan = await planned(every, part, item)
         writer = ordered_writer(every.messages)
+        if item.make is not None and not plan.again:  # from here on, what is stored is not what it was made of
+            item.messages, item.make, item.since = [*plan.stands, *plan.append], None, draft.last
         await self._refuse(writer, part, draft, plan.append, {entry.key for entry, _ in plan.remove})
         gone = await self._take_out(part, draft, plan.remove)
         for entry, changed in plan.edit:

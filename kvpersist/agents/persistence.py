@@ -12,15 +12,16 @@ from uuid import UUID
 from msgspec import UNSET, UnsetType
 
 from kvpersist import keys
+from kvpersist.agents.agent_forks import AgentForks, topic_cascade
 from kvpersist.agents.agents import AgentParents, Agents
 from kvpersist.agents.collections import Collections
 from kvpersist.agents.confirmations import Confirmations
 from kvpersist.agents.containers import Containers
 from kvpersist.agents.family import Belongs, Family
-from kvpersist.agents.forks import AgentForks, topic_cascade
 from kvpersist.agents.history import Compressions, RecoveredFiles, Windows
 from kvpersist.agents.images import Images
 from kvpersist.agents.login_sessions import LoginSessions
+from kvpersist.agents.making import finish_makings
 from kvpersist.agents.media import MediaCache
 from kvpersist.agents.messages import Messages
 from kvpersist.agents.ordered import OrderedTurns
@@ -62,11 +63,11 @@ class Persistence:
 
     Attributes:
         store: plain keys beside the records, in namespaces of their own.
-        sessions, messages, tool_calls: the records of conversations.
+        sessions, messages, tool_calls: the records.
+        agents, todos, snapshots, windows, compressions, recovered_files, media: agents, and their state.
         confirmations, traces: what belongs to sessions, too.
         containers, images, prototypes, providers: what sessions are made in, and of.
         login_sessions: who is logged in.
-        agents, todos, snapshots, windows, compressions, recovered_files, media: agents and their state.
         events: the topics, an `EventQueue`.
     """
 
@@ -328,6 +329,7 @@ def open(
             await db._all.own()  # before a plain write can put something between the records
             with suppress(ReadOnly):  # whoever may write finishes them; what is left is not seen here either
                 await db._family.finish_all()
+                await finish_makings(db._all)
                 await db._forks.sweep()
         except BaseException:  # cancelled too: nothing may stay open
             if owns:

@@ -13,7 +13,7 @@ import msgspec
 
 from kvpersist import keys
 from kvpersist.agents.collections import Collections
-from kvpersist.agents.items import FIXED, Remove, Replace, ReplaceCalls
+from kvpersist.agents.items import FIXED, Remove, Replace, ReplaceCalls, checked
 from kvpersist.agents.records import Message, ToolCall
 from kvpersist.codec import RecordCodec
 from kvpersist.driver import Entry
@@ -64,17 +64,24 @@ async def planned(every: Collections, part: str, item: Replace) -> Plan:
         UniqueConflict: two of the given messages have one id.
     """
     codec = every.messages._codec
-    stored: list[StoredMessage] = []
-    async for entry in after_stat(every.store, f"{every.message_prefix}{part}!", 0):
-        if live(entry) is not None:
-            stored.append((entry, codec.decode(entry.key, entry.value)))
+    entries = after_stat(every.store, f"{every.message_prefix}{part}!", 0)
+    stored = [(entry, codec.decode(entry.key, entry.value)) async for entry in entries if live(entry) is not None]
+    wanted = item.messages
+    if item.make is not None:
+        calls = [every.tool_calls._codec.decode(entry.key, entry.value) async for entry in _calls(every, part)]
+        made = item.make([message for _, message in stored], calls)
+        wanted = checked(made, keys.decode(part, str), every.now())
+    if item.since is not None:
+        ids = {message.id for message in wanted}
+        late = [message for _, message in stored if message.number > item.since and message.id not in ids]
+        wanted = [*wanted, *late]
     where = {message.id: place for place, (_, message) in enumerate(stored)}
-    _refuse_repeats(item.messages)
+    _refuse_repeats(wanted)
     stands: list[Message] = []
     edit: list[tuple[Entry, Message]] = []
     kept: set[int] = set()
     place = 0
-    for given in item.messages:
+    for given in wanted:
         found, changed = _match(codec, item, given, stored, where, place)
         if found is None:
             break
@@ -84,7 +91,9 @@ async def planned(every: Collections, part: str, item: Replace) -> Plan:
             edit.append((stored[found][0], changed))
         stands.append(stored[found][1] if changed is None else changed)
     remove = [stored[each] for each in reversed(range(len(stored))) if each not in kept]
-    append = item.messages[len(stands) :]
+    append = wanted[len(stands) :]
+    if item.make is not None and len(remove) + len(edit) + len(append) > item.most:
+        return Plan((), (), (), (), True)
     if len(remove) > item.most:
         return Plan(remove[: item.most], (), (), (), True)
     if len(remove) + len(edit) > item.most:
@@ -127,15 +136,16 @@ def _placed(given: Message, stored: Message, undated: bool) -> Message:
 
 
 def same(codec: RecordCodec[Any], entry: Entry, stored: Any, wanted: Any) -> bool:
-    """Whether ``wanted`` is what is stored. 0, False and 0.0 differ; the order of an object's members does not count."""
+    """Whether ``wanted`` is what is stored. 0, False and 0.0 differ; the order of members does not count."""
     data = codec.encode(entry.key, wanted)
     if data == entry.value:
         return True
     again = codec.decode(entry.key, data)
     if again != stored:
         return False
+    encode = msgspec.msgpack.Encoder(order="sorted").encode
     try:
-        return msgspec.msgpack.encode(again, order="sorted") == msgspec.msgpack.encode(stored, order="sorted")
+        return all(encode(getattr(again, name)) == encode(getattr(stored, name)) for name in again.__struct_fields__)
     except OverflowError:  # a number that only the records' codec can write: written once more, at worst
         return False
 
@@ -156,14 +166,12 @@ async def doomed(every: Collections, part: str, session_id: str, item: Remove, l
         async def newest(_: str) -> int:
             return last
 
-        entries: Sequence[Entry | None] = await read_range(
-            every.store, prefix, item.after, None, item.most, True, newest, session_id
-        )
-        return [(entry, codec.decode(entry.key, entry.value)) for entry in entries if entry is not None]
+        entries = await read_range(every.store, prefix, item.after, None, item.most, True, newest, session_id)
+        return [(entry, codec.decode(entry.key, entry.value)) for entry in entries]
     named = sorted(item.places, reverse=True)
-    entries = await every.store._entries([prefix + keys.encode(number) for number, _ in named])
+    held = await every.store._entries([prefix + keys.encode(number) for number, _ in named])
     found: list[StoredMessage] = []
-    for (_, id_), entry in zip(named, entries, strict=True):
+    for (_, id_), entry in zip(named, held, strict=True):
         entry = live(entry)
         if entry is not None:
             message = codec.decode(entry.key, entry.value)
@@ -211,13 +219,17 @@ async def _answered_by(every: Collections, part: str, answers: set[int]) -> Asyn
         top, size = low - 1, size * _WIDER
 
 
+def _calls(every: Collections, part: str) -> AsyncIterator[Entry]:
+    return every.calls_of(part, 0, _ANY_NUMBER)
+
+
 async def planned_calls(every: Collections, part: str, item: ReplaceCalls) -> CallPlan:
     """Read a session's calls once and compare them with those of ``item``."""
     codec = every.tool_calls._codec
     left = dict(item.calls)
     remove: list[StoredCall] = []
     put: list[tuple[Entry | None, ToolCall]] = []
-    async for entry in every.calls_of(part, 0, _ANY_NUMBER):
+    async for entry in _calls(every, part):
         call = codec.decode(entry.key, entry.value)
         wanted = left.pop((call.number, call.position), None)
         if wanted is None:
@@ -227,6 +239,9 @@ async def planned_calls(every: Collections, part: str, item: ReplaceCalls) -> Ca
             wanted = msgspec.structs.replace(wanted, created_at=call.created_at)
         if not same(codec, entry, call, wanted):
             put.append((entry, wanted))
-    put += [(None, call) for call in left.values()]
+    for call in left.values():
+        if call.created_at is None:
+            call.created_at = every.now()
+        put.append((None, call))
     room = max(0, item.most - len(remove))
     return CallPlan(remove[: item.most], put[:room], len(remove) > item.most or len(put) > room)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 from uuid import UUID
 
 import msgspec
@@ -12,13 +12,17 @@ from kvpersist import keys
 from kvpersist.agents.collections import Collections
 from kvpersist.agents.deletion import Cascade, belonging
 from kvpersist.agents.family import Belongs
+from kvpersist.agents.forks import Forks
 from kvpersist.agents.items import EditSession, Kill
+from kvpersist.agents.lifecycle import Lifecycle
+from kvpersist.agents.making import new_session
 from kvpersist.agents.ordered import OrderedTurns
-from kvpersist.agents.records import Session, SessionStat, new_id, utc
+from kvpersist.agents.records import Session, SessionStat
 from kvpersist.agents.stat import Parent, Stat
+from kvpersist.agents.transfer import Transfers
 from kvpersist.agents.turns import Turns
 from kvpersist.driver import ABSENT, Check, Entry, Op, Put
-from kvpersist.errors import BadRequest, CorruptRecord, KeyTooLong, ParentGone
+from kvpersist.errors import CorruptRecord, ParentGone
 from kvpersist.index.writer import live, version_of
 from kvpersist.repository import Page
 
@@ -27,10 +31,8 @@ __all__ = ["Sessions"]
 _List: TypeAlias = list[Op]
 _Sessions: TypeAlias = list[Session]  # in the class below, `list` is a method
 
-_ID_BYTES: Final = 128  # of an encoded session id: what lies below it has to fit behind it
 
-
-class Sessions:
+class Sessions(Lifecycle, Forks, Transfers):
     """The sessions of one namespace, ``db.sessions``.
 
     What is written below a session (messages, tool calls) checks its birth key, so that nothing is
@@ -51,19 +53,8 @@ class Sessions:
             BadRequest: no such field, or a time without a zone.
             KeyTooLong: the id has over 128 encoded bytes.
         """
-        try:
-            session = Session(**fields)
-        except TypeError as error:
-            raise BadRequest(f"{error}; fields: {', '.join(Session.__struct_fields__)}") from error
-        session.id = str(session.id) if session.id else new_id()
+        session, updated_at = new_session(fields, self._all.now())
         part = keys.encode(session.id)
-        if (size := len(part.encode())) > _ID_BYTES:
-            raise KeyTooLong(session.id, size, _ID_BYTES)
-        now = self._all.now()
-        session.created_at = now if session.created_at is None else utc(session.created_at, "created_at")
-        updated_at = session.updated_at
-        updated_at = session.created_at if updated_at is None else utc(updated_at, "updated_at")
-        session.updated_at = None
         await self._all.own()
         stat = Stat(updated_at, indexed_at=updated_at)
         birth, version = await self._all.births.bear(

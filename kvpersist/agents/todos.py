@@ -84,7 +84,7 @@ class Todos:
         """Remove the agent's list; False where there was none. The next one begins with version 1."""
         return await self._lists.delete(str(agent_id))
 
-    async def copy(self, agent_id: str, to: str) -> None:
+    async def _copy(self, agent_id: str, to: str) -> None:
         """Give another agent the list of this one, in place of its own, with its version and times."""
         found = await self._lists.get(agent_id)
         if found is not None:

@@ -42,6 +42,11 @@ class TopicLog(Log[dict[str, Any]]):
         super().__init__(store, dict[str, Any], name="event", namespace=namespace)
         self._marks = keys.record_prefix(self._space, "event_mark")
 
+    @property
+    def space(self) -> str:
+        """The namespace, as it stands in keys."""
+        return self._space
+
     def wake_prefix(self, topic: str) -> str:
         """Below which everything of ``topic`` that is published lies."""
         return self._prefix_of(topic)

@@ -367,9 +367,10 @@ class EventQueue:
         """Remove a topic: its events, consumers, groups and what they parked; False where there was none.
 
         In batches; what an interrupted call left, the next one removes. An event published meanwhile goes too,
-        or is the first of a new topic: positions begin anew. Who still follows the old one gets BadCursor.
+        or is the first of a new topic, whose positions begin anew: who still follows the old one gets BadCursor.
+        Without atomic batches they go on where they were, and the topic's name stays among `topics`, for 30 days.
         """
-        return await remove_topic(self.store, self.namespace, checked(topic, "topic"))
+        return await remove_topic(self.store, self._log, checked(topic, "topic"))
 
     async def stats(self, topic: str) -> TopicStats:
         """What a topic holds: two reads, whatever its length."""

@@ -6,19 +6,21 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from kvpersist import keys
-from kvpersist.driver import Check, Delete, Op
+from kvpersist.driver import Check, Delete, Op, Put
 from kvpersist.errors import Conflict
-from kvpersist.events._log import COLLECTIONS
+from kvpersist.events._log import COLLECTIONS, TopicLog
 from kvpersist.store import Store
 
 __all__ = ["remove_topic"]
 
 _PAGE: Final = 250  # keys removed in one batch
+_BESIDE: Final = tuple(collection for collection in COLLECTIONS if collection not in ("event", "event_mark"))
+_LATE: Final = 30 * 86_400.0  # seconds for which late writers are told how far a topic had come
 
 
 async def remove_topic(
     store: Store,
-    namespace: str,
+    log: TopicLog,
     topic: str,
     *,
     checks: Sequence[Check] = (),
@@ -26,14 +28,15 @@ async def remove_topic(
 ) -> bool:
     """Remove what lies below ``topic`` in each collection of events, and its stat last; False: there was nothing.
 
+    Without atomic batches a late publisher puts its event behind those it knew, so there the stat stays for 30 days.
+
     Args:
-        checks: are carried by every batch; a conflict at one of them is raised.
-        ask: is awaited before each batch, and raises where it must not be made.
+        checks: are carried by every batch, where batches are atomic; a conflict at one of them is raised.
+        ask: is awaited before each step, and raises where it must not be made.
     """
-    space, part = keys.namespace(namespace), keys.encode(topic)
-    stat_key = keys.meta_prefix(space, "event", "stat") + part
-    conditional = store.capabilities.conditional_delete
-    size = min(_PAGE, (store.capabilities.max_batch or _PAGE + len(checks)) - len(checks))
+    capabilities = store.capabilities
+    part, stat_key = keys.encode(topic), log.stat_key(topic)
+    size = min(_PAGE, (capabilities.max_batch or _PAGE + len(checks)) - len(checks))
     existed = False
 
     async def remove(ops: Sequence[Op]) -> None:
@@ -41,20 +44,34 @@ async def remove_topic(
             await ask()
         await store._commit([*checks, *ops])
 
+    atomic = capabilities.atomic_batch != "none"
     while True:
+        if not atomic:
+            state = await log.state(topic)
+            existed |= state.last >= state.first
+            if ask is not None:
+                await ask()
+            await log.trim(topic, before=state.last + 1)  # what is published beside it stands
         [stat] = await store._entries([stat_key])
-        for collection in COLLECTIONS:
-            start = keys.record_prefix(space, collection) + part + "!"
+        for collection in COLLECTIONS if atomic else _BESIDE:
+            start = keys.record_prefix(log.space, collection) + part + "!"
             while page := await store._scan(start, keys.prefix_end(start), limit=size, keys_only=True):
                 await remove([Delete(entry.key) for entry in page])
                 existed = True
-        if stat is None:
+        if stat is None or stat.expires_at is not None:
             return existed
-        existed = True
+        if atomic:
+            last: Op = Delete(stat_key, stat.version if capabilities.conditional_delete else None)
+        else:
+            state = await log.state(topic)
+            if state.last >= state.first:
+                continue
+            last = Put(stat_key, stat.value, stat.version, store.clock() + _LATE)
         try:
-            await remove([Delete(stat_key, stat.version if conditional else None)])
+            await remove([last])
         except Conflict as conflict:
             if conflict.key != stat_key:
-                raise  # something was published meanwhile: once more
+                raise
+            existed = True  # something was published meanwhile: once more
         else:
             return True

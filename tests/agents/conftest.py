@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from kvpersist.keys import prefix_end, unescape
 from kvpersist.testing.faults import FaultyDriver
 from kvpersist_drivers.memory import MemoryDriver
 from kvpersist_drivers.sqlite import SqliteDriver
+
+sys.path.insert(0, str(Path(__file__).parent))  # for agent_state.py
 
 
 class Counting:
@@ -62,7 +65,7 @@ class Counting:
     async def everything(self) -> dict[str, bytes]:
         """The whole key space, without the marks of stores and definitions, and without tombstones."""
         found = await self.driver.scan(None, None, limit=1_000_000)
-        kept = (entry for entry in found if entry.value != b"" and not entry.value.startswith(b"done"))
+        kept = (entry for entry in found if entry.value != b"" and entry.expires_at is None)
         return {
             entry.key: entry.value
             for entry in kept
@@ -135,12 +138,7 @@ async def _sound(db: Persistence) -> None:
         assert stat.tool_calls == len(asked)
         assert {name: counts.calls for name, counts in stat.tools.items()} == Counter(call.name for call in asked)
         for name, counts in stat.tools.items():
-            states = Counter(call.state for call in asked if call.name == name)
-            assert (counts.pending, counts.completed, counts.failed) == (
-                states["pending"],
-                states["completed"],
-                states["failed"],
-            )
+            assert counts.by_state() == Counter(call.state for call in asked if call.name == name)
         _answers_fit(mine, asked)
 
 

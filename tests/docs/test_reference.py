@@ -11,23 +11,40 @@ import pytest
 
 import kvpersist
 from kvpersist import (
+    Agent,
+    AgentStats,
+    Bookmark,
+    Compression,
+    CompressionConfig,
     EventEntry,
     EventQueue,
+    HistoryWindow,
     Lease,
     Lock,
     Log,
+    Media,
     Message,
     NewEvent,
     Persistence,
+    RecoveredFile,
     Repository,
     Session,
+    Snapshot,
     Store,
     TimelineItem,
+    Todo,
+    TodoList,
     ToolCall,
     ToolCallPart,
+    WindowStats,
 )
+from kvpersist.agents.agents import Agents
+from kvpersist.agents.history import Compressions, RecoveredFiles, Windows
+from kvpersist.agents.media import MediaCache
 from kvpersist.agents.messages import Messages
 from kvpersist.agents.sessions import Sessions
+from kvpersist.agents.snapshots import Snapshots
+from kvpersist.agents.todos import Todos
 from kvpersist.agents.tool_calls import ToolCalls
 from kvpersist.events import Claimed, EventGroup, GroupStats, Lag, Parked, Subscription, TopicStats
 
@@ -66,6 +83,13 @@ def shown(cells: str) -> dict[str, list[str]]:
         ("agents.md", "db.sessions", Sessions),
         ("agents.md", "db.messages", Messages),
         ("agents.md", "db.tool_calls", ToolCalls),
+        ("agent-state.md", "db.agents", Agents),
+        ("agent-state.md", "db.todos", Todos),
+        ("agent-state.md", "db.snapshots", Snapshots),
+        ("agent-state.md", "db.windows", Windows),
+        ("agent-state.md", "db.windows", Compressions),
+        ("agent-state.md", "db.windows", RecoveredFiles),
+        ("agent-state.md", "db.windows", MediaCache),
         ("events.md", "EventQueue", EventQueue),
         ("events.md", "Subscription", Subscription),
         ("events.md", "EventGroup", EventGroup),
@@ -97,6 +121,30 @@ def test_every_argument_of_a_declaration_is_named(type_: Any) -> None:
 @pytest.mark.parametrize("record", [Session, Message, ToolCallPart, ToolCall, TimelineItem])
 def test_every_field_of_a_record_is_named(record: Any) -> None:
     text = (REFERENCE / "agents.md").read_text("utf-8")
+    [fields] = re.findall(rf"^\| `{record.__name__}` \| ([^:;|]+)", text, re.MULTILINE)
+
+    assert re.findall(r"`(\w+)`", fields) == list(record.__struct_fields__)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        Agent,
+        AgentStats,
+        Bookmark,
+        Compression,
+        CompressionConfig,
+        HistoryWindow,
+        Media,
+        RecoveredFile,
+        Snapshot,
+        Todo,
+        TodoList,
+        WindowStats,
+    ],
+)
+def test_every_field_of_an_agents_state_is_named(record: Any) -> None:
+    text = (REFERENCE / "agent-state.md").read_text("utf-8")
     [fields] = re.findall(rf"^\| `{record.__name__}` \| ([^:;|]+)", text, re.MULTILINE)
 
     assert re.findall(r"`(\w+)`", fields) == list(record.__struct_fields__)

@@ -78,6 +78,7 @@ class Making:
         self._updated_at = updated_at
         self._messages: list[Message] = []
         self._calls: list[ToolCall] = []
+        self._others: list[tuple[Repository[Any], Any]] = []
         self._orphans: dict[str, bytes] = {}
         self._note_key = f"{_note_prefix(collections)}{self._part}"
         self._note: bytes | None = None  # the version of the note
@@ -113,6 +114,10 @@ class Making:
         if calls[at:]:
             await self.add((), calls[at:])
 
+    def also(self, repository: Repository[Any], records: Sequence[Any]) -> None:
+        """Take other records that belong to the session, as they will be stored."""
+        self._others += [(repository, record) for record in records]
+
     def leave_off(self, last: int) -> None:
         """The session gives out numbers above ``last`` only."""
         self._draft.last = max(self._draft.last, last)
@@ -125,7 +130,7 @@ class Making:
             ParentGone: the container or image it names does not exist.
         """
         atomic = isinstance(self._turns, Turns)
-        if self._note is not None or (not atomic and (self._messages or self._calls)):
+        if self._note is not None or (not atomic and (self._messages or self._calls or self._others)):
             await self._flush()
         self._draft.updated_at = self._updated_at
         stat = self._draft.done(self._updated_at)
@@ -186,7 +191,7 @@ class Making:
                 except Conflict as conflict:
                     if attempt + 1 == _ATTEMPTS or not await self._resolved(conflict):
                         raise
-        self._messages, self._calls = [], []
+        self._messages, self._calls, self._others = [], [], []
 
     async def _begin(self) -> None:
         birth_key = self._all.birth_prefix + self._part
@@ -203,26 +208,32 @@ class Making:
         return b"%d" % self._store.clock()
 
     async def _flush_in_order(self) -> None:
-        records: list[tuple[Repository[Any], Any]] = [(self._all.messages, message) for message in self._messages]
-        records += [(self._all.tool_calls, call) for call in self._calls]
+        records = self._waiting()
         for repository, record in records:
             repository._codec.encode("", record)  # what cannot be kept fails before anything is written
         for done, (repository, record) in enumerate(records):
             if done % _RENEWED == 0:
                 self._note = await self._store._commit([self._renewal()])
-            await ordered_writer(repository).save(repository._pk_of(record), record, expect=ABSENT)
+            pk = repository._pk_of(record)
+            try:
+                await ordered_writer(repository).save(pk, record, expect=ABSENT)
+            except UniqueConflict:
+                raise
+            except Conflict as conflict:
+                raise UniqueConflict("id", keys.unescape(pk), keys.unescape(pk)) from conflict
+
+    def _waiting(self) -> list[tuple[Repository[Any], Any]]:
+        messages = [(self._all.messages, message) for message in self._messages]
+        return [*messages, *((self._all.tool_calls, call) for call in self._calls), *self._others]
 
     async def _ops(self) -> list[Op]:
         """What stores the records that wait, on condition of the definitions their index entries are made by."""
         ops = IndexOps()
         puts: list[Op] = []
-        waiting: list[tuple[Repository[Any], Sequence[Any]]] = [
-            (self._all.messages, self._messages),
-            (self._all.tool_calls, self._calls),
-        ]
-        for repository, records in waiting:
-            if not records:
-                continue
+        waiting: dict[str, tuple[Repository[Any], list[Any]]] = {}
+        for repository, record in self._waiting():
+            waiting.setdefault(repository.name, (repository, []))[1].append(record)
+        for repository, records in waiting.values():
             writer = atomic_writer(repository)
             known = await repository._definitions.known()
             puts.append(known.check)
@@ -235,8 +246,7 @@ class Making:
 
     async def _resolved(self, conflict: Conflict) -> bool:
         """Look at what a batch failed with; False: it cannot be tried again. Raises UniqueConflict."""
-        repositories: list[Repository[Any]] = [self._all.messages, self._all.tool_calls]
-        for repository in repositories:
+        for repository in {repository.name: repository for repository, _ in self._waiting()}.values():
             definitions = repository._definitions
             if conflict.key == definitions.key:
                 await definitions.refresh()
@@ -246,7 +256,8 @@ class Making:
                 await atomic_writer(repository).resolve(known, "", conflict, self._orphans)
                 return True
             if conflict.key.startswith(repository._prefix):
-                raise UniqueConflict("id", self.session.id, self.session.id) from conflict
+                taken = keys.unescape(conflict.key[len(repository._prefix) :])
+                raise UniqueConflict("id", taken, taken) from conflict
         return False
 
 

@@ -3,7 +3,8 @@
 The shape, version 2::
 
     {"format": "kvpersist.session", "version": 2, "last": 7,
-     "session": {...}, "messages": [{...}, ...], "calls": [{...}, ...]}
+     "session": {...}, "messages": [{...}, ...], "calls": [{...}, ...],
+     "confirmation": {...} or None, "traces": [{...}, ...]}
 
 Records have the names of their fields; those that have their default are left out, and so are
 ``session_id`` of what belongs to the session, and the results that stand in messages. What JSON has no
@@ -15,7 +16,7 @@ places, and ``recorded_calls`` has only the calls that no message asks for.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast, get_args
 from uuid import UUID
 
 import msgspec
@@ -24,15 +25,18 @@ from msgspec import UNSET, UnsetType
 from kvpersist import keys
 from kvpersist.agents.approvals import state_named
 from kvpersist.agents.collections import Collections
+from kvpersist.agents.confirmations import Confirmation
 from kvpersist.agents.items import answered, asked_call, checked
 from kvpersist.agents.making import Making, new_session
 from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.records import Message, Session, ToolCall, new_id
+from kvpersist.agents.traces import Trace, TraceType
 from kvpersist.agents.turns import Turns
 from kvpersist.codec import JSON, RecordCodec, frame, unframe
 from kvpersist.errors import BadRequest, CorruptRecord, MalformedRecord, ParentGone, Unencodable, UniqueConflict
 from kvpersist.index.writer import live
 from kvpersist.log import after_stat
+from kvpersist.repository import Repository
 
 __all__ = ["EXPORT_FORMAT", "EXPORT_VERSION", "Transfers"]
 
@@ -42,12 +46,14 @@ EXPORT_FORMAT: Final = "kvpersist.session"
 EXPORT_VERSION: Final = 2
 """Its ``version``."""
 
-R = TypeVar("R", Session, Message, ToolCall)
+R = TypeVar("R", bound=msgspec.Struct)
 
 _Json = dict[str, Any]
 _SESSIONS: Final = RecordCodec(Session, codec="json")
 _MESSAGES: Final = RecordCodec(Message, codec="json")
 _CALLS: Final = RecordCodec(ToolCall, codec="json")
+_CONFIRMATIONS: Final = RecordCodec(Confirmation, codec="json")
+_TRACES: Final = RecordCodec(Trace, codec="json")
 _ANY_NUMBER: Final = 1 << 62
 
 
@@ -62,7 +68,7 @@ class Transfers:
         async def get(self, id: str | UUID) -> Session | None: ...
 
     async def export(self, session_id: str | UUID, *, user_id: str | None = None) -> dict[str, Any]:
-        """Return a session with its messages and calls as a JSON value; `kvpersist.agents.transfer` has its shape.
+        """Return a session and all that belongs to it as a JSON value; `kvpersist.agents.transfer` has its shape.
 
         Args:
             user_id: whose session it has to be.
@@ -87,6 +93,9 @@ class Transfers:
             last = keys.decode(entry.key.rpartition("!")[2], int)
             if live(entry) is not None:
                 messages.append(every.messages._codec.decode(entry.key, entry.value))
+        asked: Confirmation | None = await self._kind("confirmation").get(parent)
+        traces = [trace async for trace in self._kind("trace").iterate(session_id=parent)]
+        traces.sort(key=lambda trace: (trace.started_at, trace.id))
         return {
             "format": EXPORT_FORMAT,
             "version": EXPORT_VERSION,
@@ -94,6 +103,8 @@ class Transfers:
             "last": max([last, *(call.number for call in calls)]),
             "messages": [_without(_to_json(_MESSAGES, message), "session_id") for message in messages],
             "calls": [_without(_to_json(_CALLS, call), "session_id") for call in calls],
+            "confirmation": None if asked is None else _without(_to_json(_CONFIRMATIONS, asked), "session_id"),
+            "traces": [_without(_to_json(_TRACES, trace), "session_id") for trace in traces],
         }
 
     async def import_(
@@ -141,7 +152,15 @@ class Transfers:
             call.session_id = session.id
         if not new_ids and (there := await self._there(session, loaded.messages)) is not None:
             return there
+        if new_ids:
+            _rename(loaded.traces)
+        for trace in loaded.traces:
+            trace.session_id = session.id
+        for asked in loaded.confirmations:
+            asked.session_id = session.id
         making = Making(self._all, self._turns, session, updated_at)
+        making.also(self._kind("confirmation"), loaded.confirmations)
+        making.also(self._kind("trace"), loaded.traces)
         try:
             await making.add_all(loaded.messages, loaded.calls)
             making.leave_off(loaded.last)
@@ -151,6 +170,9 @@ class Transfers:
             if isinstance(error, Unencodable):
                 raise MalformedRecord("export", 1, error.path, error.reason) from error
             raise
+
+    def _kind(self, name: str) -> Repository[Any]:
+        return self._all.family.repositories[name]
 
     async def _there(self, session: Session, messages: Sequence[Message]) -> Session | None:
         """Return the stored session of this id if it has these messages; None where there is no such session."""
@@ -176,6 +198,8 @@ class _Loaded(msgspec.Struct):
     messages: list[Message]
     calls: list[ToolCall]
     last: int
+    confirmations: list[Confirmation]
+    traces: list[Trace]
 
 
 def _loaded(data: Any) -> _Loaded:
@@ -197,7 +221,34 @@ def _loaded(data: Any) -> _Loaded:
     last = whole.get("last", 0)
     if not isinstance(last, int) or isinstance(last, bool) or not 0 <= last < _ANY_NUMBER:
         raise _malformed("last", f"{last!r}, expected a number")
-    return _Loaded(session, messages, _complete(messages, calls), last)
+    asked = whole.get("confirmation")
+    confirmations = [] if asked is None else [_from_json(_CONFIRMATIONS, _named(asked, "confirmation"), "confirmation")]
+    traces = [_trace(item, f"traces[{n}]") for n, item in enumerate(_list(whole, "traces"))]
+    return _Loaded(session, messages, _complete(messages, calls), last, confirmations, traces)
+
+
+def _named(value: Any, path: str) -> _Json:
+    """What belongs to a session, which it does not name itself in an export."""
+    return {**_mapping(value, path), "session_id": ""}
+
+
+def _trace(value: Any, path: str) -> Trace:
+    trace = _from_json(_TRACES, _named(value, path), path)
+    if trace.type not in get_args(TraceType):
+        raise _malformed(f"{path}.type", f"{trace.type!r}, expected one of {', '.join(get_args(TraceType))}")
+    if trace.started_at is None:
+        raise _malformed(f"{path}.started_at", "missing")
+    trace.id = trace.id or new_id()
+    trace.root, trace.failed = trace.parent_id is None or None, trace.error is not None or None
+    return trace
+
+
+def _rename(traces: Sequence[Trace]) -> None:
+    """Give traces new ids, and let their children name them by those."""
+    names = {trace.id: new_id() for trace in traces}
+    for trace in traces:
+        trace.id = names[trace.id]
+        trace.parent_id = names.get(trace.parent_id or "", trace.parent_id)
 
 
 def _numbered(messages: list[Message], *, by_place: bool) -> list[Message]:

@@ -14,7 +14,9 @@ from msgspec.structs import replace
 import kvpersist
 from kvpersist import Message, ToolCallPart
 from kvpersist.agents import making
+from kvpersist.agents.confirmations import Confirmation
 from kvpersist.agents.persistence import Persistence
+from kvpersist.agents.traces import TokenUsage
 from kvpersist.errors import BadRequest, MalformedRecord, ParentGone, UniqueConflict
 from kvpersist.ops.chat_export import export_session
 from kvpersist.testing.faults import Crashed, FaultyDriver
@@ -45,6 +47,12 @@ async def talk(db: Persistence, id_: str = "s") -> None:
     await db.tool_calls.approve(id_, 2, 1, by="ann")
     async with db.tool_calls.record(id_, "aside") as call:
         call.result = 0
+    await db.confirmations.save(
+        Confirmation(session_id=id_, tool_name="t", arguments={"x": b"1"}, number=2, position=1)
+    )
+    root = await db.traces.start("run", session_id=id_, input={"q": 1})
+    leaf = await db.traces.start("call", type="tool", session_id=id_, parent_id=root.id)
+    await db.traces.end(leaf.id, error="broken", token_usage=TokenUsage(1, 2))
 
 
 async def test_an_export_is_json_and_comes_back_as_it_was(db: Persistence, sound: Sound) -> None:
@@ -61,8 +69,17 @@ async def test_an_export_is_json_and_comes_back_as_it_was(db: Persistence, sound
     assert [replace(c, session_id="s") for c in await db.tool_calls.of(copy.id)] == await db.tool_calls.of("s")
     assert (await db.messages.append(copy.id, Message("tool", "B", tool_call_id="b"))).number == 6
     assert (await db.tool_calls.of(copy.id))[1].state == "completed"
+    asked, copied = await db.confirmations.get("s"), await db.confirmations.get(copy.id)
+    assert asked is not None and copied == replace(asked, session_id=copy.id)
+    was = [trace async for trace in db.traces.iterate(session_id="s")]
+    is_ = [trace async for trace in db.traces.iterate(session_id=copy.id)]
+    assert [(t.name, t.type, t.error, t.token_usage, t.started_at, t.ended_at, t.root, t.failed) for t in is_] == [
+        (t.name, t.type, t.error, t.token_usage, t.started_at, t.ended_at, t.root, t.failed) for t in was
+    ]
+    names = {trace.name: trace for trace in is_}
+    assert names["call"].parent_id == names["run"].id and not {t.id for t in is_} & {t.id for t in was}
     again = await db.sessions.export(copy.id)
-    assert set(again) == {"format", "version", "session", "last", "messages", "calls"}
+    assert set(again) == {"format", "version", "session", "last", "messages", "calls", "confirmation", "traces"}
     await sound(db)
 
 
@@ -163,6 +180,9 @@ BAD: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("calls[0].result_number", lambda d: d | {"calls": [d["calls"][0] | {"result_number": 1}]}),
     ("calls[0].number", lambda d: d | {"calls": [d["calls"][0] | {"number": -4}]}),
     ("last", lambda d: d | {"last": "7"}),
+    ("confirmation", lambda d: d | {"confirmation": {"tool_name": 7}}),
+    ("traces[0].type", lambda d: d | {"traces": [d["traces"][0] | {"type": "dance"}]}),
+    ("traces[0]", lambda d: d | {"traces": [{}]}),
     ("", lambda d: [d]),
 ]
 

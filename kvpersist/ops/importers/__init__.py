@@ -73,8 +73,6 @@ async def open_source(text: str, **options: str) -> Source:
             raise BadOption(option, "there is no such option; known: " + ", ".join(_OPTIONS))
     if not where:
         raise BadOption("source", f"write {name}:PATH or {name}:URL")
-    if "://" not in where:
-        where = os.path.expanduser(where)  # after SYSTEM: no shell does
     module, _, function = SYSTEMS[name].partition(":")
     opened = cast("Callable[..., Awaitable[Source]]", getattr(import_module(f"{__name__}.{module}"), function))
     given: dict[str, Any] = {**written, **options}
@@ -86,8 +84,10 @@ async def open_source(text: str, **options: str) -> Source:
 
 
 def _split(where: str) -> tuple[str, dict[str, str]]:
-    """Take our own ``kv.`` parameters out of a URL; a path has none."""
-    if "://" not in where or "?" not in where or where.lower().startswith("sqlite:"):
+    """Take our own ``kv.`` parameters out of a URL; a path has none, but may begin with ``~``."""
+    if "://" not in where:
+        return os.path.expanduser(where), {}  # behind ``SYSTEM:`` no shell does it
+    if "?" not in where or where.lower().startswith("sqlite:"):
         return where, {}
     address, _, query = where.partition("?")
     pairs = [pair for pair in query.split("&") if pair]

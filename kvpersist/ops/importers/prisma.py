@@ -1,6 +1,6 @@
 """storage-prisma: its four tables in SQLite, PostgreSQL or MySQL.
 
-A message becomes a message, ``responseType`` standing in ``extra``; its tool calls are asked for by it where
+A message becomes a message, with ``metadata["response_type"]``; its tool calls are asked for by it where
 it is an assistant's, with their results; a pending confirmation becomes the session's.
 """
 
@@ -142,7 +142,11 @@ class _Prisma(Source):
             message.tool_calls = [*(message.tool_calls or ()), part]
         if row.get("result") is None and asks:
             return  # it waits
-        failed = (object_or_none(result) or {}).get("success") is not True
+        told = object_or_none(result) or {}
+        failed = told.get("success") is not True
+        if row.get("result") is not None and not isinstance(told.get("success"), bool):
+            reason = "its result does not say whether it was a success: kept as it is, as an error"
+            made.problems.append(Problem(place=place, reason=reason, left_out=False))
         call = ToolCall(
             session_id="",
             number=0,
@@ -183,14 +187,15 @@ def _message(row: Row) -> Message:
     role = row.get("role")
     if role not in _ROLES:
         raise Bad(f"unknown role {role!r}")
-    metadata = json_value(row.get("metadata"))
-    kind = text_or_none(row.get("responsetype"), "responseType")
+    given = json_value(row.get("metadata"))
+    metadata = None if given is None else mapping(given, "metadata")
+    if (kind := text_or_none(row.get("responsetype"), "responseType")) is not None:
+        metadata = {**(metadata or {}), "response_type": kind}
     return Message(
         role,
         text_or_none(row.get("content"), "content"),
         id=required_text(row, "id"),
-        metadata=None if metadata is None else mapping(metadata, "metadata"),
-        extra=None if kind is None else {"responseType": kind},
+        metadata=metadata,
         created_at=moment_of(row.get("timestamp"), "timestamp"),
     )
 

@@ -61,7 +61,7 @@ async def test_an_import_that_was_killed_anywhere_ends_as_one_that_was_not(sourc
     wanted = await held(whole)
     steps = random.Random(source.partition(":")[0] + kind)
     crashes = 0
-    for _ in range(12):
+    for _ in range(5):
         inner = MemoryDriver()
         for _ in range(3):  # it may be killed several times
             killed = driver(kind, inner)

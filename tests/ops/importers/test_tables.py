@@ -111,8 +111,11 @@ async def test_prisma_sessions_messages_and_calls_survive(db: Persistence, prism
         (row[0], row[2], row[3]) for row in rows
     ]
     assert [message.created_at for message in messages] == [at(row[4]) for row in rows]
-    assert messages[1].metadata == {"n": 0}
-    assert [message.extra for message in messages[2:]] == [{"responseType": "execute"}, {"responseType": "message"}]
+    assert [message.metadata for message in messages[1:]] == [
+        {"n": 0},
+        {"response_type": "execute"},
+        {"response_type": "message"},
+    ]
     calls = await db.tool_calls.of("s1")
     assert [(call.call_id, call.name, call.arguments, call.state) for call in calls] == [
         ("t1", "look:up", {"at": "../x"}, "completed"),
@@ -132,7 +135,9 @@ async def test_prisma_sessions_messages_and_calls_survive(db: Persistence, prism
     confirmation = await db.confirmations.get("s1")
     assert confirmation is not None and confirmation.arguments == {"all": False}
     assert (confirmation.tool_name, confirmation.user_message) == ("delete", "Sure?")
-    assert report.whole, report.problems
+    assert report.whole
+    told = [(problem.place, problem.left_out) for problem in report.problems]
+    assert told == [("agent_tool_calls t3", False), ("agent_tool_calls t4", False)]
 
 
 async def test_importing_prisma_twice_adds_nothing(db: Persistence, prisma: str) -> None:
@@ -230,7 +235,7 @@ async def seashore(service: Service) -> str:
                 usage,
                 1500,
                 began,
-                began + timedelta(seconds=1.5),
+                ended,
             ),
             (OTHER, None, THREAD, "llm", "llm", "false", None, "no answer", None, 0, began, None),
             (LOGIN, None, None, "x", "dream", None, None, None, None, None, began, None),

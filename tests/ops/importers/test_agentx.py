@@ -14,6 +14,7 @@ from contents import everything, fingerprint
 
 from kvpersist.agents.persistence import Persistence
 from kvpersist.errors import BadOption, BadRequest
+from kvpersist.ops.agentx_export import export_agentx
 from kvpersist.ops.importers import SystemImport, import_from, open_source
 
 Service = Callable[[str], dict[str, str]]
@@ -451,3 +452,33 @@ async def test_a_password_is_never_shown() -> None:
         with pytest.raises(Unavailable) as failed:
             await open_source(f"agentx:{url}")
         assert "hush" not in str(failed.value)
+
+
+# ---- there and back
+
+
+async def test_an_export_in_their_shape_has_equal_json_values(folder: Path, db: Persistence) -> None:
+    text = layout.export_file(folder)
+    given = json.loads((folder / "export.json").read_bytes())
+    await brought(db, text)
+
+    made = json.loads(await export_agentx(db))
+
+    for shelf, id_field in (("containers", "containerId"), ("sessions", "sessionId"), ("prototypes", "prototypeId")):
+        assert {each[id_field]: each for each in made[shelf]} == {each[id_field]: each for each in given[shelf]}
+    images = [{**each, "description": each.get("description")} for each in given["images"]]
+    exported = [{**each, "description": each.get("description")} for each in made["images"]]
+    assert sorted(exported, key=str) == sorted(images, key=str)
+    assert {id_: talk for id_, talk in made["messages"].items() if talk} == given["messages"]
+    assert b"sk-very-secret" not in await export_agentx(db)
+
+
+async def test_an_export_can_be_imported_again_anywhere(folder: Path, db: Persistence) -> None:
+    await brought(db, layout.kv_sqlite(folder))
+    (folder / "again.json").write_bytes(await export_agentx(db))
+    before = await everything(db)
+
+    report = await brought(db, f"agentx:{folder / 'again.json'}")
+
+    assert await everything(db) == before
+    assert (report.sessions, report.messages, report.records, report.differing) == (0, 0, {}, [])

@@ -206,7 +206,7 @@ class _Run:
             if isinstance(item, Conversation):
                 for problem in item.problems:
                     self.problem(problem)
-                await self._conversation(item)
+                await self._try_conversation(item)
             elif isinstance(item, Record):
                 await self._record(item)
             elif isinstance(item, Events):
@@ -216,6 +216,19 @@ class _Run:
             self._done += 1
             if self._progress is not None:
                 self._progress(Progress(self._done, total, "records", self._source.shown))
+
+    async def _try_conversation(self, conversation: Conversation) -> None:
+        """Import a session, or leave it out whole where this store refuses it."""
+        id_ = conversation.session.id
+        there = await self._db.sessions.get(id_) is not None
+        try:
+            await self._conversation(conversation)
+        except (BadRequest, UniqueConflict) as error:
+            if isinstance(error, MalformedRecord):
+                raise
+            if not there and not self._dry_run:
+                await self._db.sessions.delete(id_)
+            self.problem(Problem(place=conversation.place, reason=str(error)))
 
     async def _conversation(self, conversation: Conversation) -> None:
         id_ = conversation.session.id

@@ -30,11 +30,13 @@ from kvpersist.cli.render import (
     write,
     write_bytes,
 )
+from kvpersist.cli.systems import import_system, is_system, looked_into, plain_system_import
 from kvpersist.cli.timeline import content_text, print_timeline
 from kvpersist.errors import BadOption, CorruptRecord
 from kvpersist.ops.chat_export import ExportFormat, export_session
 from kvpersist.ops.chat_formats import ChatFormat
 from kvpersist.ops.chat_import import ImportReport, import_chats
+from kvpersist.ops.importers import SystemImport
 from kvpersist.urls import redact
 
 __all__ = ["demo", "export", "import_", "search", "sessions", "stats", "timeline"]
@@ -68,18 +70,25 @@ async def import_(
     format: ChatFormat = "auto",
     user: str | None = None,
     new: bool = False,
-    on_error: Literal["stop", "skip"] = "stop",
+    on_error: Literal["stop", "skip"] | None = None,
+    dry_run: bool = False,
+    files: str | None = None,
+    secrets: str | None = None,
     store: StoreOption = USUAL_STORE,
     output: Output = FOR_PEOPLE,
 ) -> int:
-    """Import conversations from files; what the store holds already is not imported again.
+    """Import conversations from files, or all that another system keeps; what is there already is not imported again.
 
     Args:
-        paths: files of conversations; '-' is stdin.
-        format: what they hold; auto looks into each.
+        paths: files of conversations, '-' for stdin; or SYSTEM:WHERE, as in agentx:./agentx.db,
+            kode:./store, prisma:postgresql://host/db, seashore:URL, langgraph:FILE, openai-agents:FILE.
+        format: what files hold; auto looks into each.
         user: who the sessions belong to; default: whom the file names.
-        new: make copies with new ids, whatever is there.
-        on_error: stop at a record that is no conversation, or skip it and say so.
+        new: of files, make copies with new ids, whatever is there.
+        on_error: stop at a record that cannot be imported (files do), or skip it and say so (systems do).
+        dry_run: of a system, write nothing, and say what would be imported.
+        files: of kode, the folder of the files beside its tables.
+        secrets: of agentx, keys in clear: encrypt, or env:NAME to refer to a variable; default: left out.
         store: which store.
         output: in which form.
     """
@@ -88,21 +97,43 @@ async def import_(
     for path in paths:
         if path.startswith("-") and path != "-":
             raise BadOption(path, "there is no such option; a file of that name is ./" + path)
+    systems = [path for path in paths if is_system(path)]
+    only_files = {"format": format != "auto", "new": new}
+    only_systems = {"dry-run": dry_run, "files": files is not None, "secrets": secrets is not None}
+    for options, others, what in (
+        (only_files, systems, "SYSTEM:WHERE"),
+        (only_systems, len(systems) < len(paths), "files"),
+    ):
+        for name, is_given in options.items():
+            if is_given and others:
+                raise BadOption(f"--{name}", f"it is not for {what}: leave it out, or import them apart")
     given = read_stdin() if "-" in paths else b""
-    reports: list[ImportReport] = []
-    async with kvpersist.open(store.meant) as db:
+    reports: list[ImportReport | SystemImport] = []
+    async with looked_into(store) if dry_run else kvpersist.open(store.meant) as db:
         for path in paths:
+            if path in systems:
+                skips = on_error or "skip"
+                asked: dict[str, Any] = {
+                    "user": user,
+                    "dry_run": dry_run,
+                    "files": files,
+                    "secrets": secrets,
+                    "on_error": skips,
+                }
+                reports.append(await import_system(db, path, **asked))
+                continue
             with progress_bar(path) as progress:
                 source = BytesIO(given) if path == "-" else path
                 report = await import_chats(
-                    db, source, format=format, user=user, new=new, on_error=on_error, progress=progress
+                    db, source, format=format, user=user, new=new, on_error=on_error or "stop", progress=progress
                 )
             reports.append(report)
             _tell_import(report)
     if output.json or output.jsonl:
         for value in map(_plain_report, reports) if output.jsonl else [[_plain_report(one) for one in reports]]:
             print_json(value, compact=output.jsonl)
-    return 0
+    whole = all(report.whole for report in reports if isinstance(report, SystemImport))
+    return 0 if whole or dry_run or on_error == "skip" else 6
 
 
 async def sessions(
@@ -357,7 +388,9 @@ def _plain_session(session: Session, stat: SessionStat) -> dict[str, Any]:
     }
 
 
-def _plain_report(report: ImportReport) -> dict[str, Any]:
+def _plain_report(report: ImportReport | SystemImport) -> dict[str, Any]:
+    if isinstance(report, SystemImport):
+        return plain_system_import(report)
     skipped = [{"record": one.record, "field": one.field, "reason": one.reason} for one in report.skipped]
     return {**{field: getattr(report, field) for field in report.__struct_fields__}, "skipped": skipped}
 

@@ -91,6 +91,8 @@ def test_a_module_imports_what_its_extra_brings_and_no_more(module: str) -> None
         "kvpersist.agents.secrets": {"cryptography"},
         "kvpersist.cli": _CLI,
         "kvpersist.env": {"dotenv"},
+        "kvpersist.ops.importers.agentx_places": {"pymongo", "redis"},
+        "kvpersist.ops.importers.sql": {"asyncmy", "asyncpg"},
         "kvpersist.testing": _TESTING,
         "kvpersist_drivers.postgres": _POSTGRES,
         "kvpersist_drivers.mysql": {"asyncmy"},

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Awaitable, Callable
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import Parameter, signature
 from typing import Any, Final, cast
 from urllib.parse import unquote_plus
 
@@ -31,11 +33,15 @@ __all__ = [
 SYSTEMS: Final = {
     "agentx": "agentx:open_agentx",
     "kode": "kode:open_kode",
+    "prisma": "prisma:open_prisma",
+    "seashore": "seashore:open_seashore",
+    "langgraph": "langgraph:open_langgraph",
+    "openai-agents": "openai_agents:open_openai_agents",
 }
 """By name, the reader: a module of this package and its function, loaded when it is asked for."""
 
 _NAME: Final = re.compile(r"([A-Za-z][A-Za-z0-9-]*):(?!//)(.*)", re.DOTALL)
-_OPTIONS: Final = ("base", "collection", "database", "files", "table")
+_OPTIONS: Final = ("base", "channel", "collection", "database", "files", "table")
 
 
 def names_system(text: str) -> bool:
@@ -70,12 +76,18 @@ async def open_source(text: str, **options: str) -> Source:
     module, _, function = SYSTEMS[name].partition(":")
     opened = cast("Callable[..., Awaitable[Source]]", getattr(import_module(f"{__name__}.{module}"), function))
     given: dict[str, Any] = {**written, **options}
+    taken = signature(opened).parameters
+    for option in given:
+        if option not in taken and not any(each.kind is Parameter.VAR_KEYWORD for each in taken.values()):
+            raise BadOption(option, f"{name} takes no such option")
     return await opened(where, **given)
 
 
 def _split(where: str) -> tuple[str, dict[str, str]]:
-    """Take our own ``kv.`` parameters out of a URL; a path has none."""
-    if "://" not in where or "?" not in where or where.lower().startswith("sqlite:"):
+    """Take our own ``kv.`` parameters out of a URL; a path has none, but may begin with ``~``."""
+    if "://" not in where:
+        return os.path.expanduser(where), {}  # behind ``SYSTEM:`` no shell does it
+    if "?" not in where or where.lower().startswith("sqlite:"):
         return where, {}
     address, _, query = where.partition("?")
     pairs = [pair for pair in query.split("&") if pair]

@@ -275,12 +275,13 @@ def _conversation(place: str, at: str, row: Mapping[str, Any], value: Any) -> Co
     id_, foreign = id_for(row["sessionId"], "session")
     known = ("sessionId", "imageId", "containerId", "createdAt", "updatedAt")
     container, image = text_or_none(row.get("containerId"), "containerId"), text_or_none(row.get("imageId"), "imageId")
+    rest = {name: value for name, value in row.items() if name not in known}
     session = Session(
         id=id_,
         external_id=foreign,
         container_id=id_for(container, "container")[0] if container else None,
         image_id=id_for(image, "image")[0] if image else None,
-        metadata={name: value for name, value in row.items() if name not in known},
+        metadata={"agentx": rest} if rest else {},
         created_at=moment_of(row.get("createdAt"), "createdAt"),
         updated_at=moment_of(row.get("updatedAt"), "updatedAt"),
     )

@@ -1,4 +1,4 @@
-"""Containers, images, prototypes and providers of AgentX as ours. What has no field goes into ``metadata``."""
+"""Containers, images, prototypes and providers of AgentX as ours; what has no field is in ``metadata["agentx"]``."""
 
 from __future__ import annotations
 
@@ -102,10 +102,11 @@ def record_of(place: str, shelf: Shelf, row: dict[str, Any]) -> Record:
             rest[name] = value
         else:
             values[ours] = _checked(ours, name, value)
+    beside: dict[str, Any] = {"agentx": rest} if rest else {}
     if foreign is not None:
-        rest["external_id"] = foreign
-    if rest:
-        values["metadata"] = {**rest, **values.get("metadata", {})}
+        beside["external_id"] = foreign
+    if beside:
+        values["metadata"] = {**values.get("metadata", {}), **beside}
     return Record(place=place, kind=shelf.kind, record=shelf.type(id=id_, **values), secret=secret)
 
 

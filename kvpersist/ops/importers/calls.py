@@ -17,10 +17,11 @@ from kvpersist.agents.persistence import Persistence
 from kvpersist.agents.records import ToolCall
 from kvpersist.ops.importers.plan import CallRecord, Conversation
 
-__all__ = ["complete_calls", "missing_calls"]
+__all__ = ["TIMES", "complete_calls", "missing_calls"]
 
 _LONGEST: Final = 1_000  # calls of one batch
-_TIMES: Final = ("created_at", "started_at", "updated_at", "completed_at")
+TIMES: Final = ("created_at", "started_at", "updated_at", "completed_at")
+"""Fields of a call that are times."""
 
 
 async def complete_calls(db: Persistence, session_id: str, conversation: Conversation, indexes: Sequence[int]) -> int:
@@ -111,4 +112,4 @@ def _unread(call: ToolCall) -> ToolCall:
 
 
 def _times(call: ToolCall) -> list[datetime]:
-    return [at for name in _TIMES if (at := getattr(call, name)) is not None]
+    return [at for name in TIMES if (at := getattr(call, name)) is not None]

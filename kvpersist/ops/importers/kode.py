@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvpersist.errors import BadOption, BadRequest
-from kvpersist.ops.importers.kode_files import agent_folders, items_beside, items_of
+from kvpersist.ops.importers.kode_files import agent_folders, folders_beside, items_beside, items_of
 from kvpersist.ops.importers.kode_records import agent_of, conversation_of, snapshot_of
 from kvpersist.ops.importers.plan import Bad, Item, Problem, Source, json_value, required_text
 from kvpersist.ops.importers.sql import Database, Row, Table, found_at, open_database, path_of
@@ -132,7 +132,7 @@ class _Tables(Source):
             async for item in self._homeless(name, seen):
                 yield item
         if self._files is not None:
-            for name, _ in await asyncio.to_thread(agent_folders, self._files):
+            for name in await asyncio.to_thread(folders_beside, self._files):
                 if name not in seen:
                     yield Problem(place=f"{self._files}/{name}", reason="no agent of this id is in the table agents")
 
@@ -186,13 +186,9 @@ class _Tables(Source):
         table = self._tables.get(name)
         if table is None:
             return
-        quoted = self._database.quoted
-        column = quoted(table.columns["agentid"])
-        statement = f"SELECT {column}, count(*) FROM {quoted(name)} GROUP BY {column}"  # noqa: S608 - quoted names
-        for agent, count in sorted(await self._database.fetch(statement), key=str):
-            if str(agent) not in seen:
-                reason = f"{count} rows of an agent that is not in the table agents"
-                yield Problem(place=f"{name} of {agent}", reason=reason)
+        for agent, count in await self._database.strays(table, "agent_id", seen):
+            reason = f"{count} rows of an agent that is not in the table agents"
+            yield Problem(place=f"{name} of {agent}", reason=reason)
 
     @staticmethod
     def _folder(files: Path, agent: str) -> Path | None:

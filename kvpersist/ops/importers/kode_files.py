@@ -37,7 +37,7 @@ from kvpersist.ops.importers.plan import (
     read_json,
 )
 
-__all__ = ["agent_folders", "items_beside", "items_of"]
+__all__ = ["agent_folders", "folders_beside", "items_beside", "items_of"]
 
 _PARTS: Final = ("runtime", "events", "history", "snapshots")
 _PAGE: Final = 200  # events handed on at once
@@ -52,6 +52,12 @@ def agent_folders(base: Path) -> list[tuple[str, Path]]:
             found.append((path.relative_to(base).as_posix(), path))
             below[:] = [name for name in below if name not in _PARTS]
     return sorted(found)
+
+
+def folders_beside(base: Path) -> list[str]:
+    """The folders right below one that hold what Kode keeps beside its tables; there may be others among them."""
+    signs = ["runtime/todos.json", "runtime/media-cache.json", *(f"events/{channel}.log" for channel in CHANNELS)]
+    return sorted(path.name for path in base.iterdir() if any((path / sign).is_file() for sign in signs))
 
 
 def items_of(name: str, folder: Path) -> Iterator[Item]:

@@ -12,7 +12,6 @@ with the stored ones by count and by a digest of their contents.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
@@ -22,9 +21,9 @@ from msgspec import Struct
 
 from kvpersist.agents.persistence import Persistence
 from kvpersist.agents.records import ROLES, Message, Session
-from kvpersist.errors import BadRequest, Conflict, MalformedRecord, ParentGone, Unencodable, UniqueConflict
+from kvpersist.errors import BadRequest, Conflict, MalformedRecord, ParentGone, UniqueConflict
 from kvpersist.ops.chat_formats import to_json
-from kvpersist.ops.importers.calls import complete_calls, missing_calls
+from kvpersist.ops.importers.calls import TIMES, complete_calls, missing_calls
 from kvpersist.ops.importers.plan import (
     ConsumerPosition,
     Conversation,
@@ -45,6 +44,7 @@ _MESSAGE_ID_BYTES: Final = 120  # of an encoded id: what an index entry holds wh
 _BATCH_MESSAGES: Final = 250
 _BATCH_BYTES: Final = 1 << 20  # of the messages' JSON
 _MESSAGE_OPS: Final = 8  # of a batch, for one message with a call: roughly
+_NO_MESSAGE: Final = 1 << 60  # a number behind every message's
 _SPARE: Final = 4096  # bytes that framing and key may add to a value
 
 
@@ -153,6 +153,15 @@ async def import_from(
     return run.report
 
 
+class _Placed(Struct):
+    """A message as it will be stored: which one of the source it is, its size in bytes, and what it is known by."""
+
+    message: Message
+    index: int
+    size: int
+    digest: bytes
+
+
 class _Run:
     def __init__(
         self,
@@ -171,6 +180,7 @@ class _Run:
         self._progress, self._done = progress, 0
         limits = db.store.capabilities
         most = limits.max_batch
+        self._ordered = limits.atomic_batch == "none"
         self._batch = _BATCH_MESSAGES if most is None else max(1, min(_BATCH_MESSAGES, most // _MESSAGE_OPS))
         largest = limits.max_value_bytes
         self._largest = None if largest is None else max(1, largest - _SPARE)
@@ -196,7 +206,7 @@ class _Run:
             if isinstance(item, Conversation):
                 for problem in item.problems:
                     self.problem(problem)
-                await self._conversation(item)
+                await self._try_conversation(item)
             elif isinstance(item, Record):
                 await self._record(item)
             elif isinstance(item, Events):
@@ -207,6 +217,19 @@ class _Run:
             if self._progress is not None:
                 self._progress(Progress(self._done, total, "records", self._source.shown))
 
+    async def _try_conversation(self, conversation: Conversation) -> None:
+        """Import a session, or leave it out whole where this store refuses it."""
+        id_ = conversation.session.id
+        there = await self._db.sessions.get(id_) is not None
+        try:
+            await self._conversation(conversation)
+        except (BadRequest, UniqueConflict) as error:
+            if isinstance(error, MalformedRecord):
+                raise
+            if not there and not self._dry_run:
+                await self._db.sessions.delete(id_)
+            self.problem(Problem(place=conversation.place, reason=str(error)))
+
     async def _conversation(self, conversation: Conversation) -> None:
         id_ = conversation.session.id
         self.report.first = self.report.first or id_
@@ -214,12 +237,11 @@ class _Run:
         created = stored is None
         if stored is None:
             if self._dry_run:
-                messages, _ = self._placed(conversation, conversation.session)
                 self.report.sessions += 1
-                self.report.messages += len(messages)
+                self.report.messages += len(self._placed(conversation, conversation.session))
                 return
             stored = await self._create(conversation)
-        messages, indexes = self._placed(conversation, stored)
+        messages = self._placed(conversation, stored)
         there = 0 if created else await self._there(id_, messages, conversation.resaved)
         if there is None:
             self.report.differing.append(id_)
@@ -229,8 +251,11 @@ class _Run:
         if self._dry_run:
             added = len(messages) - there
         else:
+            if not created and self._ordered:  # what a crash kept from following the last message is made up for
+                await self._db.messages.truncate(id_, after=_NO_MESSAGE)
             added = await self._append(id_, messages, there, conversation.resaved)
-            await complete_calls(self._db, id_, conversation, indexes)
+            await complete_calls(self._db, id_, conversation, [each.index for each in messages])
+            await self._keep_time(conversation, id_, messages)
         self.report.messages += added
         if created:
             self.report.sessions += 1
@@ -271,10 +296,9 @@ class _Run:
                     raise
                 return found  # another process was faster
 
-    def _placed(self, conversation: Conversation, session: Session) -> tuple[list[Message], list[int]]:
-        """The messages as they will be stored, without those that cannot be, and which of the source's they are."""
-        placed: list[Message] = []
-        indexes: list[int] = []
+    def _placed(self, conversation: Conversation, session: Session) -> list[_Placed]:
+        """The messages as they will be stored, without those that cannot be."""
+        placed: list[_Placed] = []
         seen: set[str] = set()
         at = session.created_at
         for index, message in enumerate(conversation.messages):
@@ -291,36 +315,34 @@ class _Run:
             if kept is not None:
                 ready.extra = {**(ready.extra or {}), "external_id": kept}
             try:
-                size = len(_canonical(ready))
-            except (Unencodable, BadRequest, ValueError) as error:
+                content = _content(ready, conversation.resaved)
+            except (BadRequest, ValueError) as error:
                 self._left_out(conversation, index, foreign, str(error))
                 continue
-            if self._largest is not None and size > self._largest:
-                self._left_out(conversation, index, foreign, f"{size} bytes are more than the store takes")
-                continue
-            if ready.role not in ROLES:
+            if self._largest is not None and len(content) > self._largest:
+                self._left_out(conversation, index, foreign, f"{len(content)} bytes are more than the store takes")
+            elif ready.role not in ROLES:
                 self._left_out(conversation, index, foreign, f"unknown role {ready.role!r}")
-                continue
-            placed.append(ready)
-            indexes.append(index)
-        return placed, indexes
+            else:
+                placed.append(_Placed(ready, index, len(content), hashlib.sha256(content).digest()))
+        return placed
 
     def _left_out(self, conversation: Conversation, index: int, foreign: str, reason: str) -> None:
         place = f"{conversation.place} message {foreign or index + 1}"
         self.problem(Problem(place=place, reason=reason))
 
-    async def _there(self, session_id: str, messages: Sequence[Message], resaved: bool) -> int | None:
+    async def _there(self, session_id: str, messages: Sequence[_Placed], resaved: bool) -> int | None:
         """How many of ``messages`` the session holds already; None: it holds others."""
         at = 0
         async for stored in self._db.messages.iterate(session_id):
             if at == len(messages):
                 return at  # it was gone on with here
-            if _content(stored, resaved) != _content(messages[at], resaved):
+            if hashlib.sha256(_content(stored, resaved)).digest() != messages[at].digest:
                 return None
             at += 1
         return at
 
-    async def _append(self, session_id: str, messages: list[Message], there: int, resaved: bool) -> int:
+    async def _append(self, session_id: str, messages: list[_Placed], there: int, resaved: bool) -> int:
         """Append what is behind the first ``there`` messages; return how many that were."""
         at = there
         while at < len(messages):
@@ -340,18 +362,34 @@ class _Run:
             at += len(batch)
         return at - there
 
-    async def _renamed(self, session_id: str, messages: list[Message], start: int, count: int) -> bool:
+    async def _keep_time(self, conversation: Conversation, session_id: str, messages: Sequence[_Placed]) -> None:
+        """Let the session's last change be the source's again, where only this import moved it, or no earlier."""
+        wanted = conversation.session.updated_at
+        if wanted is None:
+            return
+        stored = await self._db.sessions.get(session_id)
+        if stored is None or stored.updated_at is None or stored.updated_at == wanted:
+            return
+        times = [each.message.created_at for each in messages]
+        times += [getattr(record.call, name) for record in conversation.calls for name in TIMES]
+        moved = max((at for at in times if at is not None), default=wanted)
+        if stored.updated_at < wanted or stored.updated_at == moved:
+            await self._db.sessions.update(
+                session_id, lambda session: msgspec.structs.replace(session, updated_at=wanted)
+            )
+
+    async def _renamed(self, session_id: str, messages: list[_Placed], start: int, count: int) -> bool:
         """Give another id to messages whose id another session's message has; whether there were any."""
         any_taken = False
         for index in range(start, start + count):
-            message = messages[index]
+            message = messages[index].message
             holder = await self._db.messages.get(message.id)
             if holder is None:
                 continue
             any_taken = True
             extra = {"external_id": message.id, **(message.extra or {})}
             own = made_id(session_id, index + 1, message.id)
-            messages[index] = msgspec.structs.replace(message, id=own, extra=extra)
+            messages[index].message = msgspec.structs.replace(message, id=own, extra=extra)
         return any_taken
 
     async def _record(self, record: Record) -> None:
@@ -402,15 +440,15 @@ class _Run:
     async def _checked(self, conversation: Conversation) -> SessionCheck:
         id_ = conversation.session.id
         session = await self._db.sessions.get(id_)
-        messages, _ = self._placed(conversation, session or conversation.session)
+        messages = self._placed(conversation, session or conversation.session)
         digest, stored_digest = hashlib.sha256(), hashlib.sha256()
         for message in messages:
-            digest.update(_content(message, conversation.resaved))
+            digest.update(message.digest)
         count = 0
         async for stored in self._db.messages.iterate(id_):
             if count == len(messages):
                 break  # it was gone on with here
-            stored_digest.update(_content(stored, conversation.resaved))
+            stored_digest.update(hashlib.sha256(_content(stored, conversation.resaved)).digest())
             count += 1
         return SessionCheck(
             id=id_,
@@ -434,25 +472,26 @@ def _allowed(message: Message) -> Message:
     return message
 
 
-def _canonical(message: Message) -> bytes:
-    return json.dumps(to_json(message), sort_keys=True).encode()
-
-
 def _content(message: Message, resaved: bool) -> bytes:
-    """What two messages have in common where one is the other, imported: all but the place, and a changed id."""
+    """What two messages have in common where one is the other, imported: all but the place, and a changed id.
+
+    Raises:
+        Unencodable: it cannot be stored.
+    """
     extra = dict(message.extra or {})
     foreign = extra.pop("external_id", message.id)
     loose: dict[str, Any] = {"id": "", "created_at": None} if resaved else {"id": foreign}
-    return _canonical(msgspec.structs.replace(message, session_id="", number=0, extra=extra or None, **loose))
+    common = msgspec.structs.replace(message, session_id="", number=0, extra=extra or None, **loose)
+    return msgspec.json.encode(to_json(common), order="sorted")
 
 
-def _fitting(messages: Sequence[Message], start: int, most: int) -> list[Message]:
+def _fitting(messages: Sequence[_Placed], start: int, most: int) -> list[Message]:
     """The next messages that go in as one batch: at least one."""
     size = 0
     batch: list[Message] = []
-    for message in messages[start : start + most]:
-        size += len(_canonical(message))
+    for placed in messages[start : start + most]:
+        size += placed.size
         if batch and size > _BATCH_BYTES:
             break
-        batch.append(message)
+        batch.append(placed.message)
     return batch

@@ -11,7 +11,7 @@ import asyncio
 import os
 import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal, Self, TypeAlias, cast
@@ -23,7 +23,7 @@ from kvpersist import urls
 from kvpersist.driver import needs_extra
 from kvpersist.errors import BadOption, BadRequest, Unavailable
 
-__all__ = ["Database", "Row", "Table", "found_at", "open_database", "path_of"]
+__all__ = ["Database", "JsonText", "Row", "Table", "found_at", "open_database", "path_of"]
 
 Row: TypeAlias = dict[str, Any]
 """A row by the plain names of its columns."""
@@ -32,6 +32,12 @@ _PAGE: Final = 500  # rows read at once where nothing else bounds them
 _TIMEOUT: Final = 30.0  # seconds, to connect and for a statement
 _FOREIGN: Final = ("schema", "connection_limit", "pool_timeout", "pgbouncer", "socket_timeout", "sslaccept")
 """Parameters that Prisma takes out of a URL, and no server knows."""
+
+
+class JsonText(str):
+    """What a database knows to be JSON, as text."""
+
+    __slots__ = ()
 
 
 class Table(Struct, frozen=True):
@@ -145,6 +151,13 @@ class Database(ABC):
                 return
             behind = key, page[-1][_plain(key)]
 
+    async def strays(self, table: Table, column: str, known: Collection[str]) -> list[tuple[str, int]]:
+        """What ``column`` names that is not ``known``, and in how many rows; sorted."""
+        name = self._column(table, column)
+        statement = f"SELECT {name}, count(*) FROM {self.quoted(table.name)} GROUP BY {name}"  # noqa: S608 - as above
+        found = [(str(value), int(count)) for value, count in await self.fetch(statement) if value is not None]
+        return sorted(each for each in found if each[0] not in known)
+
     async def count(self, table: Table) -> int:
         """Count the rows."""
         [[count]] = await self.fetch(f"SELECT count(*) FROM {self.quoted(table.name)}")  # noqa: S608 - as above
@@ -256,6 +269,8 @@ class _Postgres(Database):
             raise BadOption("source", f"{shown}: {error}") from error
         except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
             raise Unavailable(f"{shown}: {error}") from error
+        for kind in ("json", "jsonb"):
+            await connection.set_type_codec(kind, encoder=str, decoder=JsonText, schema="pg_catalog")
         await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         return cls(shown, connection)
 

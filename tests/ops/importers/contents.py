@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,11 @@ def _plain(record: Any) -> dict[str, Any]:
     return {name: value for name, value in msgspec.to_builtins(record).items() if name != "sealed"}
 
 
-async def everything(db: Persistence) -> dict[str, Any]:
-    """All records, by kind and key, without what differs from one run to the next."""
+async def everything(db: Persistence, topics: Iterable[str] = ()) -> dict[str, Any]:
+    """All records, by kind and key, without what differs from one run to the next.
+
+    ``topics``: also those, where a crash kept a topic from being listed until something is published to it.
+    """
     sessions = {session.id: msgspec.to_builtins(session) async for session in db.sessions.iterate()}
     found: dict[str, Any] = {
         "sessions": sessions,
@@ -58,7 +62,7 @@ async def everything(db: Persistence) -> dict[str, Any]:
         found[name] = [_plain(record) async for record in repository.iterate()]
     for agent in found["agents"]:
         found[f"todos of {agent['id']}"] = msgspec.to_builtins(await db.todos.get(agent["id"]))
-    for topic in await db.events.topics():
+    for topic in sorted({*topics, *await db.events.topics()}):
         entries = await db.events.read(topic)
         events = [(entry.position, entry.cursor, entry.bookmark, entry.channel, entry.event) for entry in entries]
         found["events"][topic] = events, await db.events.consumers(topic)

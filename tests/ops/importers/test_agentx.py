@@ -14,6 +14,7 @@ from contents import everything, fingerprint
 
 from kvpersist.agents.persistence import Persistence
 from kvpersist.errors import BadOption, BadRequest
+from kvpersist.ops.agentx_export import export_agentx
 from kvpersist.ops.importers import SystemImport, import_from, open_source
 
 Service = Callable[[str], dict[str, str]]
@@ -281,6 +282,45 @@ async def test_bad_rows_are_reported_with_their_place_and_those_around_them_impo
     assert not report.whole
 
 
+async def test_what_no_store_can_keep_is_left_out_and_the_rest_stays(folder: Path, db: Persistence) -> None:
+    times = layout._times()
+    talk = [
+        {"id": "half \ud800", "subtype": "user", "content": "kept", "timestamp": layout.BEGAN},
+        {"id": "m2", "subtype": "user", "content": "half \ud800", "timestamp": layout.BEGAN},
+        {"id": "m3", "subtype": "user", "content": 1 << 80, "timestamp": layout.BEGAN},
+        {"id": "m4", "subtype": "user", "content": "late", "timestamp": 1 << 70},
+        {"id": "m3", "subtype": "user", "content": "the same id", "timestamp": layout.BEGAN},
+        {"id": 7, "subtype": "user", "content": "a number", "timestamp": layout.BEGAN + 0.5},
+    ]
+    text = layout.kv_sqlite(
+        folder,
+        {
+            "sessions:a": json.dumps({"sessionId": "a", **times}),
+            "messages:a": json.dumps(talk),
+            "sessions:b": json.dumps({"sessionId": "b", "note": "half \ud800", **times}),
+            "sessions:c": json.dumps({"sessionId": "c", **times}),
+            "messages:c": "[NaN]",
+        },
+    )
+
+    report = await brought(db, text)
+
+    messages = [message async for message in db.messages.iterate("a")]
+    assert [message.content for message in messages] == ["kept", 1 << 80, "the same id", "a number"]
+    assert (messages[0].extra or {})["external_id"] == "half \\ud800"
+    assert (messages[2].extra or {})["external_id"] == messages[1].id == "m3"
+    assert messages[3].id == "7"
+    assert sorted(problem.place for problem in report.problems) == [
+        "kv_storage messages:a [3]",
+        "kv_storage messages:c",
+        "kv_storage sessions:a message m2",
+        "kv_storage sessions:b",
+    ]
+    assert await db.sessions.get("b") is None
+    again = await brought(db, text)
+    assert (again.sessions, again.messages, again.present) == (0, 0, 2)
+
+
 async def test_the_source_is_not_changed(folder: Path, db: Persistence) -> None:
     for make in (layout.kv_sqlite, layout.files, layout.export_file, layout.queue_db):
         text = make(folder)
@@ -451,3 +491,33 @@ async def test_a_password_is_never_shown() -> None:
         with pytest.raises(Unavailable) as failed:
             await open_source(f"agentx:{url}")
         assert "hush" not in str(failed.value)
+
+
+# ---- there and back
+
+
+async def test_an_export_in_their_shape_has_equal_json_values(folder: Path, db: Persistence) -> None:
+    text = layout.export_file(folder)
+    given = json.loads((folder / "export.json").read_bytes())
+    await brought(db, text)
+
+    made = json.loads(await export_agentx(db))
+
+    for shelf, id_field in (("containers", "containerId"), ("sessions", "sessionId"), ("prototypes", "prototypeId")):
+        assert {each[id_field]: each for each in made[shelf]} == {each[id_field]: each for each in given[shelf]}
+    images = [{**each, "description": each.get("description")} for each in given["images"]]
+    exported = [{**each, "description": each.get("description")} for each in made["images"]]
+    assert sorted(exported, key=str) == sorted(images, key=str)
+    assert {id_: talk for id_, talk in made["messages"].items() if talk} == given["messages"]
+    assert b"sk-very-secret" not in await export_agentx(db)
+
+
+async def test_an_export_can_be_imported_again_anywhere(folder: Path, db: Persistence) -> None:
+    await brought(db, layout.kv_sqlite(folder))
+    (folder / "again.json").write_bytes(await export_agentx(db))
+    before = await everything(db)
+
+    report = await brought(db, f"agentx:{folder / 'again.json'}")
+
+    assert await everything(db) == before
+    assert (report.sessions, report.messages, report.records, report.differing) == (0, 0, {}, [])

@@ -41,7 +41,7 @@ async def main(url: str, plan: dict[str, Any]) -> None:
             if chance.random() < plan["stops"]:
                 os.kill(os.getpid(), signal.SIGSTOP)
             try:
-                if chance.random() < 0.5:
+                if alone or chance.random() < 0.5:
                     await lease.put(key, number)
                 else:
                     async with lease.atomic() as tx:
@@ -53,6 +53,7 @@ async def main(url: str, plan: dict[str, Any]) -> None:
             await lease.release()
 
     async with open_store(url) as store:
+        alone = store.capabilities.atomic_batch == "none"  # then only single writes are fenced
         print("ready", flush=True)
         sys.stdin.readline()
         await asyncio.gather(*(count() for _ in range(plan["tasks"])))

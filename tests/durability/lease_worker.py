@@ -18,6 +18,8 @@ import time
 from typing import Any
 
 from kvpersist import Lease, LeaseLost, open_store
+from kvpersist.driver import ABSENT
+from kvpersist.errors import Conflict
 
 
 async def main(url: str, plan: dict[str, Any]) -> None:
@@ -35,25 +37,29 @@ async def main(url: str, plan: dict[str, Any]) -> None:
             lock = chance.randrange(plan["locks"])
             lease = await store.lock(f"job{lock}", ttl=plan["ttl"], namespace="app").acquire()
             key = f"app:count{lock}"
-            number = await store.get(key, 0) + 1
+            found = await store.get_versioned(key)
+            number = 1 if found is None else found.value + 1
             if chance.random() < 0.3:
                 await asyncio.sleep(chance.uniform(0, plan["ttl"] / 4))
             if chance.random() < plan["stops"]:
                 os.kill(os.getpid(), signal.SIGSTOP)
             try:
-                if alone or chance.random() < 0.5:
+                if alone:
+                    await lease.put(key, number, expect=ABSENT if found is None else found.version)
+                elif chance.random() < 0.5:
                     await lease.put(key, number)
                 else:
                     async with lease.atomic() as tx:
                         tx.put(key, number)
-            except LeaseLost:
+            except (LeaseLost, Conflict):
                 refused += 1
             else:
                 acknowledged.append((lock, number, lease.token))
             await lease.release()
 
     async with open_store(url) as store:
-        alone = store.capabilities.atomic_batch == "none"  # then only single writes are fenced
+        # there an older holder may write once more before the newer one does, but never after it
+        alone = store.capabilities.atomic_batch == "none"
         print("ready", flush=True)
         sys.stdin.readline()
         await asyncio.gather(*(count() for _ in range(plan["tasks"])))

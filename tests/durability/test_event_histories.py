@@ -10,6 +10,7 @@ import asyncio
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -83,21 +84,18 @@ class _Process:
 
     def __init__(self, url: str, plan: Plan, chance: random.Random) -> None:
         self._url, self._plan, self._chance = url, plan, chance
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._ending = False
         self.kills = self.stops = 0
 
     async def run(self) -> None:
         while not self._ending:
-            self._process = process = await asyncio.create_subprocess_exec(
-                *(sys.executable, str(_SCRIPT), self._url),
-                msgspec.json.encode(self._plan).decode(),
+            with subprocess.Popen(
+                [sys.executable, _SCRIPT, self._url, msgspec.json.encode(self._plan)],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(each for each in sys.path if each)},
-                stdin=asyncio.subprocess.PIPE,
-            )
-            waiting = asyncio.create_task(self._continued(process))
-            code = await process.wait()
-            waiting.cancel()
+                stdin=subprocess.PIPE,
+            ) as self._process:
+                code = await self._ended(self._process)
             if code == -signal.SIGKILL:
                 self.kills += 1
                 self._plan = msgspec.structs.replace(self._plan, seed=self._plan.seed + 1000)
@@ -105,13 +103,14 @@ class _Process:
                 assert code == 0
                 assert self._ending
 
-    async def _continued(self, process: asyncio.subprocess.Process) -> None:
-        while True:
+    async def _ended(self, process: subprocess.Popen[bytes]) -> int:
+        while (code := process.poll()) is None:
             await asyncio.sleep(0.05)
-            if process.returncode is None and _is_stopped(process.pid):
+            if _is_stopped(process.pid):
                 await asyncio.sleep(_DEADLINE * self._chance.uniform(1.1, 2.0))
                 self.stops += 1
                 process.send_signal(signal.SIGCONT)
+        return code
 
     def end(self) -> None:
         self._ending = True
@@ -120,7 +119,7 @@ class _Process:
 
     def kill(self) -> None:
         self._ending = True
-        if self._process is not None and self._process.returncode is None:
+        if self._process is not None:
             self._process.kill()
 
 

@@ -143,15 +143,19 @@ def _jump(clock: Path, chance: random.Random) -> None:
 
 @needs_faketime
 @pytest.mark.timeout(60 + _ACQUISITIONS)
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", [*SHARED, "mongo"])
 async def test_no_late_holder_writes_though_processes_are_stopped_and_clocks_jump(
     name: str, tmp_path: Path, service: Any
 ) -> None:
-    report = await fight(empty_store(name, tmp_path, service), tmp_path, _ACQUISITIONS, jumps=True)
+    slow = name == "mongo"  # FerretDB takes a second for one
+    acquisitions = _ACQUISITIONS // 10 if slow else _ACQUISITIONS
+    url = empty_store(name, tmp_path, service) + ("&kv.timeout=60" if slow else "")
 
-    print(f"{name}: {_ACQUISITIONS} acquisitions, {report}")
+    report = await fight(url, tmp_path, acquisitions, jumps=True)
+
+    print(f"{name}: {acquisitions} acquisitions, {report}")
     assert report.wrong == []
-    assert report.refused > 0
+    assert report.refused > 0 or slow
     assert report.jumps > 0
 
 

@@ -78,6 +78,7 @@ async def test_what_another_process_publishes_is_seen(stores: Stores, namespace:
         assert await reading == list(range(50))
 
 
+@pytest.mark.timeout(300)
 async def test_a_reader_that_drops_and_resumes_a_thousand_times_sees_each_event_once(
     queue: EventQueue, part: int
 ) -> None:
@@ -92,7 +93,7 @@ async def test_a_reader_that_drops_and_resumes_a_thousand_times_sees_each_event_
 
     publishing = asyncio.create_task(publish())
     position, drops = "start", 0
-    async with asyncio.timeout(100):
+    async with asyncio.timeout(280):
         while len(seen) < total:
             async with queue.subscribe("t", position, buffer=draw.choice((1, 3, 10))) as events:
                 for _ in range(draw.randint(0, 3)):

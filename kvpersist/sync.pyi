@@ -243,16 +243,6 @@ class EventQueue:
     def __enter__(self) -> Self: ...
     def __exit__(self, *problem: object) -> bool | None: ...
 
-class Handler:
-    """The callbacks of one thread. Made by `PersistenceMiddleware.handler`; raises as `persist_message`."""
-    thread_id: str
-    def on_user_message(self, content: Any, **fields: Any) -> Message:
-        """Store what the user said; ``fields`` are others of `Message`."""
-    def on_assistant_message(self, content: Any, tool_calls: builtins.list[Any] | None = ..., **fields: Any) -> Message:
-        """Store what the assistant said, with the calls it asks for."""
-    def on_tool_result(self, tool_call_id: str, result: Any, *, name: str | None = ..., is_error: bool = ..., **fields: Any) -> Message:
-        """Store what came of a call: it joins the latest earlier unanswered call of that id."""
-
 class Images:
     """The images of one namespace, ``db.images``, newest first."""
     def get(self, id: Any) -> Image | None:
@@ -490,7 +480,7 @@ class PersistenceMiddleware:
         """Return the latest messages of a thread, oldest first."""
     def get_thread_traces(self, thread_id: str | UUID, limit: int = ...) -> builtins.list[Trace]:
         """Return the latest traces of a thread, newest first."""
-    def handler(self, thread_id: str | UUID, *, agent_id: str | None = ..., user_id: str | None = ...) -> Handler:
+    def handler(self, thread_id: str | UUID, *, agent_id: str | None = ..., user_id: str | None = ...) -> ThreadHandler:
         """Return the callbacks of one thread, for agents that are given functions to call."""
 
 class Prototypes:
@@ -632,7 +622,7 @@ class Repository(Generic[R]):
 class Sessions:
     """The sessions of one namespace, ``db.sessions``."""
     def export(self, session_id: str | UUID, *, user_id: str | None = ...) -> dict[str, Any]:
-        """Return a session with its messages and calls as a JSON value; `kvpersist.agents.transfer` has its shape."""
+        """Return a session and all that belongs to it as a JSON value; `kvpersist.agents.transfer` has its shape."""
     def import_(self, data: Mapping[str, Any], *, user_id: str | UnsetType | None = ..., new_ids: bool = ..., **fields: Any) -> Session:
         """Store what `export` returned, and return the session. It can be seen when all of it is there."""
     def fork(self, session_id: str | UUID, *, at: int | str | UUID | None = ..., after: int = ..., count: int = ..., **fields: Any) -> _Sessions:
@@ -807,6 +797,16 @@ class Subscription:
     def __exit__(self, *problem: object) -> bool | None: ...
     def __iter__(self) -> Iterator[EventEntry]: ...
     def __next__(self) -> EventEntry: ...
+
+class ThreadHandler:
+    """The callbacks of one thread. Made by `PersistenceMiddleware.handler`; raises as `persist_message`."""
+    thread_id: str
+    def on_user_message(self, content: Any, **fields: Any) -> Message:
+        """Store what the user said; ``fields`` are others of `Message`."""
+    def on_assistant_message(self, content: Any, tool_calls: builtins.list[Any] | None = ..., **fields: Any) -> Message:
+        """Store what the assistant said, with the calls it asks for."""
+    def on_tool_result(self, tool_call_id: str, result: Any, *, name: str | None = ..., is_error: bool = ..., **fields: Any) -> Message:
+        """Store what came of a call: it joins the latest earlier unanswered call of that id."""
 
 class ThreadManager:
     """The threads of one namespace, ``db.threads``; with an agent of its own: ``ThreadManager(db, agent)``."""

@@ -16,7 +16,7 @@ from kvpersist.errors import BadOption, BadRequest, ParentGone
 if TYPE_CHECKING:
     from kvpersist.agents.persistence import Persistence
 
-__all__ = ["Handler", "OnTrace", "PersistenceMiddleware"]
+__all__ = ["ThreadHandler", "OnTrace", "PersistenceMiddleware"]
 
 OnTrace: TypeAlias = Callable[[Trace], Any]
 """Is called, and awaited where it returns an awaitable, with each trace once its start or end is stored."""
@@ -146,9 +146,9 @@ class PersistenceMiddleware:
         """Return the latest traces of a thread, newest first."""
         return await self._db.traces.find(session_id=str(thread_id), limit=limit)
 
-    def handler(self, thread_id: str | UUID, *, agent_id: str | None = None, user_id: str | None = None) -> Handler:
+    def handler(self, thread_id: str | UUID, *, agent_id: str | None = None, user_id: str | None = None) -> ThreadHandler:
         """Return the callbacks of one thread, for agents that are given functions to call."""
-        return Handler(self, str(thread_id), agent_id, user_id)
+        return ThreadHandler(self, str(thread_id), agent_id, user_id)
 
     # ---- private
 
@@ -174,7 +174,7 @@ class PersistenceMiddleware:
         return trace
 
 
-class Handler:
+class ThreadHandler:
     """The callbacks of one thread. Made by `PersistenceMiddleware.handler`; raises as `persist_message`."""
 
     def __init__(

@@ -49,7 +49,7 @@ from kvpersist.agents.family import Records
 from kvpersist.agents.history import Compressions, RecoveredFiles, Windows
 from kvpersist.agents.media import MediaCache
 from kvpersist.agents.messages import Messages
-from kvpersist.agents.middleware import Handler
+from kvpersist.agents.middleware import ThreadHandler
 from kvpersist.agents.model_messages import model_messages, system_text
 from kvpersist.agents.providers import Providers
 from kvpersist.agents.sessions import Sessions
@@ -107,7 +107,7 @@ def shown(cells: str) -> dict[str, list[str]]:
         ("runs.md", "db.threads", ThreadManager),
         ("runs.md", "ThreadContext", ThreadContext),
         ("runs.md", "PersistenceMiddleware", PersistenceMiddleware),
-        ("runs.md", "Handler", Handler),
+        ("runs.md", "ThreadHandler", ThreadHandler),
         ("agents.md", "Records with the usual methods", Records),
         ("agents.md", "db.providers", Providers),
         ("agents.md", "db.traces", Traces),

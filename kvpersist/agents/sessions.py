@@ -9,9 +9,9 @@ from uuid import UUID
 import msgspec
 
 from kvpersist import keys
-from kvpersist.agents.births import Belongs
 from kvpersist.agents.collections import Collections
 from kvpersist.agents.deletion import Cascade, belonging
+from kvpersist.agents.family import Belongs
 from kvpersist.agents.items import EditSession, Kill
 from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.records import Session, SessionStat, new_id, utc

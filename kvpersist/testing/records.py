@@ -164,7 +164,9 @@ class PersistenceContract(ABC, Generic[D]):
         async with _opened(driver) as db:
             for n in range(4):
                 at = start + timedelta(minutes=n)
-                await db.sessions.create(id=f"s{n}", agent_id="a", template_id=f"i{n % 2}", created_at=at, title=f"T{n}")
+                await db.sessions.create(
+                    id=f"s{n}", agent_id="a", template_id=f"i{n % 2}", created_at=at, title=f"T{n}"
+                )
                 turn = [msgspec.structs.replace(message, created_at=at) for message in _turn(f"s{n}")]
                 await db.messages.append_many(f"s{n}", turn)
             await db.messages.append("s0", Message("user", "late", created_at=start + timedelta(days=1)))

@@ -287,15 +287,15 @@ class _Run:
 
     async def _keep_time(self, conversation: Conversation, session_id: str, messages: Sequence[Placed]) -> None:
         """Let the session's last change be the source's again, where only this import moved it, or no earlier."""
-        wanted = conversation.session.updated_at
-        if wanted is None:
-            return
         stored = await self._db.sessions.get(session_id)
-        if stored is None or stored.updated_at is None or stored.updated_at == wanted:
+        if stored is None or stored.updated_at is None:
             return
         times = [each.message.created_at for each in messages]
         times += [getattr(record.call, name) for record in conversation.calls for name in TIMES]
-        moved = max((at for at in times if at is not None), default=wanted)
+        moved = max((at for at in times if at is not None), default=None)
+        wanted = conversation.session.updated_at or moved
+        if wanted is None or stored.updated_at == wanted:
+            return
         if stored.updated_at < wanted or stored.updated_at == moved:
             await self._db.sessions.update(
                 session_id, lambda session: msgspec.structs.replace(session, updated_at=wanted)

@@ -3,10 +3,24 @@
 import builtins
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import datetime, timedelta
+from kvpersist.agents.agents import Agent, AgentStats
+from kvpersist.agents.confirmations import Confirmation
+from kvpersist.agents.containers import Container
+from kvpersist.agents.history import Compression, HistoryWindow, RecoveredFile
+from kvpersist.agents.images import Image
+from kvpersist.agents.login_sessions import LoginSession
+from kvpersist.agents.media import Media
+from kvpersist.agents.prototypes import Prototype
+from kvpersist.agents.providers import Provider
 from kvpersist.agents.records import Message, Session, SessionStat, Stats, TimelineItem, ToolCall
+from kvpersist.agents.repairs import Problem
+from kvpersist.agents.snapshots import Snapshot
+from kvpersist.agents.todos import Todo, TodoList
 from kvpersist.agents.tool_calls import Recording
+from kvpersist.agents.traces import TokenUsage, Trace
 from kvpersist.changes import Change
-from kvpersist.driver import Absent, Capabilities, Driver
+from kvpersist.driver import Absent, Capabilities, Check, Delete, Driver, Entry, Put
 from kvpersist.errors import CorruptRecord, LargeValue
 from kvpersist.events.records import Claimed, EventEntry, GroupStats, Lag, Parked, TopicStats
 from kvpersist.index.declaration import BoundIndex, Index
@@ -22,20 +36,174 @@ from uuid import UUID
 __all__ = ["open_store_sync", "open_sync"]
 
 After: TypeAlias = str | int | dict[str, Any] | None
+Cascade: TypeAlias = Callable[[str, Check], None]
 Clock: TypeAlias = Callable[[], float]
 Expect: TypeAlias = bytes | Absent
 Handler: TypeAlias = Callable[[EventEntry], object | object]
 OnCorrupt: TypeAlias = Callable[[CorruptRecord], None]
 OnExpired: TypeAlias = Literal['raise', 'skip']
+Op: TypeAlias = Check | Put | Delete
 R = TypeVar('R')
+SecretKey: TypeAlias = str | bytes | Sequence[str | bytes]
+TraceType: TypeAlias = Literal['agent', 'tool', 'llm', 'retriever', 'embedding', 'chain']
 Where: TypeAlias = str | PathLike[str] | Mapping[str, Any]
+_Agents: TypeAlias = 'list[Agent]'
 _Sessions: TypeAlias = builtins.list[Session]
 _T = TypeVar('_T')
 
-def open_sync(where: Where | Driver | Store | None = ..., *, namespace: str = ..., session_indexes: Iterable[Index] = ..., message_indexes: Iterable[Index] = ..., tool_call_indexes: Iterable[Index] = ..., events: Mapping[str, Any] | None = ..., codec: Literal['msgpack', 'json'] | None = ..., ttl: float | None | UnsetType = ..., timeout: float | None | UnsetType = ..., clock: Clock = ..., sweep: float | None | UnsetType = ..., **options: Any) -> Persistence:
+def open_sync(where: Where | Driver | Store | None = ..., *, namespace: str = ..., session_indexes: Iterable[Index] = ..., message_indexes: Iterable[Index] = ..., tool_call_indexes: Iterable[Index] = ..., events: Mapping[str, Any] | None = ..., secret_key: SecretKey | None = ..., codec: Literal['msgpack', 'json'] | None = ..., ttl: float | None | UnsetType = ..., timeout: float | None | UnsetType = ..., clock: Clock = ..., sweep: float | None | UnsetType = ..., **options: Any) -> Persistence:
     """Open an agent's records; ``with`` it, or close it."""
 def open_store_sync(where: Where | Driver | Store | None = ..., *, codec: Literal['msgpack', 'json'] | None = ..., ttl: float | None | UnsetType = ..., timeout: float | None | UnsetType = ..., clock: Clock = ..., sweep: float | None | UnsetType = ..., **options: Any) -> Store:
     """Open a store; ``with`` it, or close it."""
+
+class Agents:
+    """The agents of one namespace, ``db.agents``."""
+    def create(self, agent: Agent | None = ..., **fields: Any) -> Agent:
+        """Store a new agent, given whole or by its fields; return it as it is stored."""
+    def save(self, agent: Agent) -> Agent:
+        """Store an agent, in place of the one of its id if there is one; return it as stored."""
+    def get(self, id: str | UUID) -> Agent | None:
+        """Return the agent, or None; one read."""
+    def exists(self, id: str | UUID) -> bool:
+        """Whether there is such an agent."""
+    def update(self, id: str | UUID, fn: Callable[[Agent], Agent]) -> Agent | None:
+        """Replace the agent by what ``fn`` makes of it, and return that; None where there is none."""
+    def set_metadata(self, id: str | UUID, metadata: Mapping[str, Any]) -> Agent | None:
+        """Replace the agent's metadata as a whole; None where there is no such agent."""
+    def merge_metadata(self, id: str | UUID, metadata: Mapping[str, Any]) -> Agent | None:
+        """Set some keys of the agent's metadata and leave the others; None where there is no such agent."""
+    def delete(self, id: str | UUID) -> bool:
+        """Delete the agent and everything that belongs to it; False where there was none."""
+    def find(self, *, limit: int = ..., offset: int = ..., id_prefix: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> _Agents:
+        """Return up to ``limit`` agents, newest first, behind the first ``offset``."""
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[Agent]:
+        """Return one page as `find` does without ``id_prefix``, and the cursor for the next. As `Repository.page`."""
+    def iterate(self, *, id_prefix: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[Agent]:
+        """Yield every agent that `find` would, newest first; with ``id_prefix`` in the order of their ids."""
+    def count(self, *, id_prefix: str | None = ..., **where: Any) -> int:
+        """Count what `find` would return without a limit; with ``id_prefix`` they are read for it."""
+    def list(self, limit: int = ...) -> _Agents:
+        """Return the newest agents, newest first."""
+    def stats(self, id: str | UUID) -> AgentStats | None:
+        """Count what there is of an agent, None where there is none: no message, call or event is read."""
+    def fork(self, id: str | UUID, *, at: str | None = ..., count: int = ...) -> _Agents:
+        """Make ``count`` new agents out of one, as it is, or as it was at a snapshot."""
+
+class Births:
+    """The birth keys of one collection, and the deletions of what belongs to its records."""
+    kind: str
+    repository: Repository[Any]
+    prefix: str
+    deleting_prefix: str
+    deletions: Deletions
+    def also(self, cascade: Cascade) -> None:
+        """Let ``cascade`` remove what belongs to a deleted record."""
+    def check(self, id: str) -> Check:
+        """Return the condition that the record of ``id`` lives, for every batch below it."""
+    def check_or_absent(self, id: str) -> tuple[Check, ...]:
+        """Return the condition that the record of ``id`` lives, or that there is none, as it is now."""
+    def remember(self, part: str, check: Check) -> None:
+        """Spare the next check a read."""
+    def forget(self, key: str) -> bool:
+        """As `Family.forget`."""
+    def bear(self, part: str, record: Any, checks: Callable[[], Sequence[Check]], beside: Callable[[Entry | None], builtins.list[Op]] | None = ..., beside_key: str = ...) -> tuple[Check, bytes]:
+        """Create a record with its birth key; return the check of that and the version of what is beside it."""
+    def kill(self, part: str, guard: Check | None = ...) -> bool:
+        """Delete a record by its encoded id, and everything that belongs to it; False where there was none."""
+
+class Compressions:
+    """The compressions of one namespace, ``db.compressions``; those of an agent are found oldest first."""
+    repository: Repository[Compression]
+    def get(self, id: Any) -> Compression | None:
+        """Return the record, or None; one read."""
+    def exists(self, id: Any) -> bool:
+        """Whether there is such a record; it is not decoded."""
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[Compression]:
+        """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[Compression]:
+        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[Compression]:
+        """Yield every record that `find` would. As `Repository.iterate`."""
+    def count(self, **where: Any) -> int:
+        """Count the records, all or those that `find` would return; only keys are read."""
+    def create(self, record: Compression | None = ..., **fields: Any) -> Compression:
+        """Store a new record, given whole or by its fields; return it as it is stored."""
+    def save(self, record: Compression) -> Compression:
+        """Store a record whose id you bring, in place of what is there; return it as it is stored."""
+    def update(self, id: Any, fn: Callable[[Compression], Compression]) -> Compression | None:
+        """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Compression | None:
+        """Replace the metadata as a whole; None where there is no such record."""
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Compression | None:
+        """Set some keys of the metadata and leave the others; None where there is no such record."""
+    def delete(self, id: Any) -> bool:
+        """Remove the record; False where there was none."""
+    def of(self, parent: str | UUID, *, limit: int | None = ..., reverse: bool = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[Compression]:
+        """Return the records below a parent in the order of their keys, all or the first ``limit`` of them."""
+    def delete_all(self, parent: str | UUID) -> int:
+        """Remove the records below a parent; return how many there were. As `replace_all` by nothing."""
+    def replace_all(self, parent: str | UUID, items: Iterable[Compression]) -> builtins.list[Compression]:
+        """Let ``items`` be all the records below a parent; return them as they are stored."""
+
+class Confirmations:
+    """The pending confirmations of one namespace, ``db.confirmations``: at most one per session."""
+    def save(self, confirmation: Confirmation) -> Confirmation:
+        """Store what a session waits for, in place of what it waited for before; return it as it is stored."""
+    def get(self, session_id: str | UUID) -> Confirmation | None:
+        """Return what a session waits for, or None; one read."""
+    def clear(self, session_id: str | UUID) -> bool:
+        """Let the session wait no more; False where it did not."""
+    def find(self, *, limit: int = ..., offset: int = ...) -> builtins.list[Confirmation]:
+        """Return the confirmations of all sessions, newest first."""
+    def page(self, *, limit: int = ..., after: str | None = ...) -> Page[Confirmation]:
+        """Return one page as `find` does, and the cursor for the next. Raises BadCursor."""
+    def iterate(self) -> Iterator[Confirmation]:
+        """Yield all confirmations, by session."""
+    def count(self) -> int:
+        """Count the sessions that wait; only keys are read."""
+
+class Containers:
+    """The containers of one namespace, ``db.containers``, newest first; found by ``name=``."""
+    repository: Repository[Container]
+    def get(self, id: Any) -> Container | None:
+        """Return the record, or None; one read."""
+    def exists(self, id: Any) -> bool:
+        """Whether there is such a record; it is not decoded."""
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[Container]:
+        """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[Container]:
+        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[Container]:
+        """Yield every record that `find` would. As `Repository.iterate`."""
+    def count(self, **where: Any) -> int:
+        """Count the records, all or those that `find` would return; only keys are read."""
+    def create(self, record: Container | None = ..., **fields: Any) -> Container:
+        """Store a new record, given whole or by its fields; return it as it is stored."""
+    def save(self, record: Container) -> Container:
+        """Store a record whose id you bring, in place of what is there; return it as it is stored."""
+    def update(self, id: Any, fn: Callable[[Container], Container]) -> Container | None:
+        """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Container | None:
+        """Replace the metadata as a whole; None where there is no such record."""
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Container | None:
+        """Set some keys of the metadata and leave the others; None where there is no such record."""
+    def delete(self, id: Any) -> bool:
+        """Delete the record and everything that belongs to it; False where there was none."""
+    births: Births
+    def check(self, id: str | UUID) -> Check:
+        """As `Births.check`."""
+
+class Deletions:
+    """Finishes the deletions of one collection's records."""
+    children: builtins.list[Repository[Any]]
+    cascades: builtins.list[Cascade]
+    guards: builtins.list[str]
+    def finish_all(self) -> int:
+        """Finish every deletion that was begun and not finished; return how many there were."""
+    def finish(self, part: str, *, begin_anew: bool = ...) -> None:
+        """Remove what is left below a record, and the marker; nothing happens where there is none."""
+    def behead(self, part: str) -> None:
+        """Remove the record itself, step by step: a crash may have come between any two."""
 
 class EventGroup:
     """Consumers that share the events of one topic. Made by `EventQueue.group`."""
@@ -94,6 +262,8 @@ class EventQueue:
         """A group of consumers that share the events of a topic: each event goes to one of them."""
     def topics(self) -> builtins.list[str]:
         """The topics that ever had an event, in order."""
+    def delete(self, topic: str) -> bool:
+        """Remove a topic: its events, consumers, groups and what they parked; False where there was none."""
     def stats(self, topic: str) -> TopicStats:
         """What a topic holds: two reads, whatever its length."""
     def sweep(self) -> int:
@@ -102,6 +272,37 @@ class EventQueue:
         """End every subscription and the sweeps; a second call does nothing. The store stays open."""
     def __enter__(self) -> Self: ...
     def __exit__(self, *problem: object) -> bool | None: ...
+
+class Images:
+    """The images of one namespace, ``db.images``, newest first."""
+    repository: Repository[Image]
+    def get(self, id: Any) -> Image | None:
+        """Return the record, or None; one read."""
+    def exists(self, id: Any) -> bool:
+        """Whether there is such a record; it is not decoded."""
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[Image]:
+        """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[Image]:
+        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[Image]:
+        """Yield every record that `find` would. As `Repository.iterate`."""
+    def count(self, **where: Any) -> int:
+        """Count the records, all or those that `find` would return; only keys are read."""
+    def create(self, record: Image | None = ..., **fields: Any) -> Image:
+        """Store a new record, given whole or by its fields; return it as it is stored."""
+    def save(self, record: Image) -> Image:
+        """Store a record whose id you bring, in place of what is there; return it as it is stored."""
+    def update(self, id: Any, fn: Callable[[Image], Image]) -> Image | None:
+        """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Image | None:
+        """Replace the metadata as a whole; None where there is no such record."""
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Image | None:
+        """Set some keys of the metadata and leave the others; None where there is no such record."""
+    def delete(self, id: Any) -> bool:
+        """Delete the record and everything that belongs to it; False where there was none."""
+    births: Births
+    def check(self, id: str | UUID) -> Check:
+        """As `Births.check`."""
 
 class LargeReader:
     """A value, piece by piece: iterate over it, or `read`."""
@@ -149,8 +350,82 @@ class Lock:
     def __enter__(self) -> Lease: ...
     def __exit__(self, *problem: object) -> bool | None: ...
 
+class LoginSessions:
+    """The login sessions of one namespace, ``db.login_sessions``, newest first."""
+    repository: Repository[LoginSession]
+    def get(self, id: Any) -> LoginSession | None:
+        """Return the record, or None; one read."""
+    def exists(self, id: Any) -> bool:
+        """Whether there is such a record; it is not decoded."""
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[LoginSession]:
+        """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[LoginSession]:
+        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[LoginSession]:
+        """Yield every record that `find` would. As `Repository.iterate`."""
+    def count(self, **where: Any) -> int:
+        """Count the records, all or those that `find` would return; only keys are read."""
+    def create(self, record: LoginSession | None = ..., **fields: Any) -> LoginSession:
+        """Store a new record, given whole or by its fields; return it as it is stored."""
+    def save(self, record: LoginSession) -> LoginSession:
+        """Store a record whose id you bring, in place of what is there; return it as it is stored."""
+    def update(self, id: Any, fn: Callable[[LoginSession], LoginSession]) -> LoginSession | None:
+        """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> LoginSession | None:
+        """Replace the metadata as a whole; None where there is no such record."""
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> LoginSession | None:
+        """Set some keys of the metadata and leave the others; None where there is no such record."""
+    def delete(self, id: Any) -> bool:
+        """Remove the record; False where there was none."""
+
+class MediaCache:
+    """The media caches of one namespace, ``db.media``; ``(agent_id, key)`` is a record's id."""
+    repository: Repository[Media]
+    def get(self, id: Any) -> Media | None:
+        """Return the record, or None; one read."""
+    def exists(self, id: Any) -> bool:
+        """Whether there is such a record; it is not decoded."""
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[Media]:
+        """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[Media]:
+        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[Media]:
+        """Yield every record that `find` would. As `Repository.iterate`."""
+    def count(self, **where: Any) -> int:
+        """Count the records, all or those that `find` would return; only keys are read."""
+    def create(self, record: Media | None = ..., **fields: Any) -> Media:
+        """Store a new record, given whole or by its fields; return it as it is stored."""
+    def save(self, record: Media) -> Media:
+        """Store a record whose id you bring, in place of what is there; return it as it is stored."""
+    def update(self, id: Any, fn: Callable[[Media], Media]) -> Media | None:
+        """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Media | None:
+        """Replace the metadata as a whole; None where there is no such record."""
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Media | None:
+        """Set some keys of the metadata and leave the others; None where there is no such record."""
+    def delete(self, id: Any) -> bool:
+        """Remove the record; False where there was none."""
+    def of(self, parent: str | UUID, *, limit: int | None = ..., reverse: bool = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[Media]:
+        """Return the records below a parent in the order of their keys, all or the first ``limit`` of them."""
+    def delete_all(self, parent: str | UUID) -> int:
+        """Remove the records below a parent; return how many there were. As `replace_all` by nothing."""
+    def replace_all(self, parent: str | UUID, items: Iterable[Media]) -> builtins.list[Media]:
+        """Let ``items`` be all the records below a parent; return them as they are stored."""
+
 class Messages:
     """The messages of one namespace, ``db.messages``."""
+    def validate(self, session_id: str | UUID) -> builtins.list[Problem]:
+        """Return what a model would refuse in a session, in the order of its messages; nothing is changed."""
+    def repair(self, session_id: str | UUID) -> builtins.list[Problem]:
+        """Store a session as a model would take it, and return what was wrong with it."""
+    def truncate(self, session_id: str | UUID, *, after: int | str | UUID) -> int:
+        """Delete what follows a message, with the calls asked for there; return how many messages went."""
+    def clear(self, session_id: str | UUID) -> int:
+        """Delete all messages and calls of a session; return how many messages went. The session stays."""
+    def delete_older(self, session_id: str | UUID, *, than: datetime | timedelta) -> int:
+        """Delete a session's messages from before a time, with the calls they asked for; return how many went."""
+    def replace_all(self, session_id: str | UUID, messages: Iterable[Message]) -> builtins.list[Message]:
+        """Make a session's messages the given ones, writing only what differs; return them as stored."""
     def append(self, session_id: str | UUID, message: Message) -> Message:
         """Append one message; return it as stored, with its number. As `append_many`."""
     def append_many(self, session_id: str | UUID, messages: Iterable[Message]) -> builtins.list[Message]:
@@ -161,7 +436,7 @@ class Messages:
         """Return the message of this id, or None; one read through the index."""
     def at(self, session_id: str | UUID, number: int) -> Message | None:
         """Return message ``number`` of a session, or None."""
-    def last(self, session_id: str | UUID, n: int) -> builtins.list[Message]:
+    def last(self, session_id: str | UUID, n: int, *, repair: bool = ...) -> builtins.list[Message]:
         """Return the ``n`` newest messages in chronological order: one range read at any length."""
     def range(self, session_id: str | UUID, *, after: int = ..., before: int | None = ..., limit: int = ..., reverse: bool = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[Message]:
         """Return up to ``limit`` messages with ``after < number < before``; ``reverse`` starts at the newest."""
@@ -187,7 +462,21 @@ class Persistence:
     sessions: Sessions
     messages: Messages
     tool_calls: ToolCalls
+    confirmations: Confirmations
+    traces: Traces
+    login_sessions: LoginSessions
+    containers: Containers
+    images: Images
+    prototypes: Prototypes
+    providers: Providers
     events: EventQueue
+    todos: Todos
+    snapshots: Snapshots
+    windows: Windows
+    compressions: Compressions
+    recovered_files: RecoveredFiles
+    media: MediaCache
+    agents: Agents
     def repository(self, type: builtins.type[R], *, name: str, key: str | tuple[str, ...] = ..., indexes: Iterable[Index] = ..., **options: Any) -> Repository[R]:
         """Declare a collection of your own in this namespace. As `Repository`."""
     def atomic(self) -> AbstractContextManager[Transaction]:
@@ -195,7 +484,7 @@ class Persistence:
     def transact(self, fn: Callable[[Transaction], R], *, attempts: int = ...) -> R:
         """As `Store.transact`."""
     def reindex(self, progress: Callable[[int], None] | None = ...) -> dict[str, Reindexed]:
-        """Build the indexes of sessions, messages and calls that were declared over records already there."""
+        """Build the indexes of the agent's collections that were declared over records already there."""
     def timeline(self, session_id: str | UUID, *, after: int = ..., limit: int = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[TimelineItem]:
         """Return a session's messages in order, each with the calls it asked for, their results and durations."""
     def stats(self, *, on_corrupt: OnCorrupt | None = ...) -> Stats:
@@ -204,6 +493,102 @@ class Persistence:
         """End what reads events, and close the store if `open` opened it; a second call does nothing."""
     def __enter__(self) -> Self: ...
     def __exit__(self, *problem: object) -> bool | None: ...
+
+class Prototypes:
+    """The prototypes of one namespace, ``db.prototypes``, newest first; found by ``name=`` or ``container_id=``."""
+    repository: Repository[Prototype]
+    def get(self, id: Any) -> Prototype | None:
+        """Return the record, or None; one read."""
+    def exists(self, id: Any) -> bool:
+        """Whether there is such a record; it is not decoded."""
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[Prototype]:
+        """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[Prototype]:
+        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[Prototype]:
+        """Yield every record that `find` would. As `Repository.iterate`."""
+    def count(self, **where: Any) -> int:
+        """Count the records, all or those that `find` would return; only keys are read."""
+    def create(self, record: Prototype | None = ..., **fields: Any) -> Prototype:
+        """Store a new record, given whole or by its fields; return it as it is stored."""
+    def save(self, record: Prototype) -> Prototype:
+        """Store a record whose id you bring, in place of what is there; return it as it is stored."""
+    def update(self, id: Any, fn: Callable[[Prototype], Prototype]) -> Prototype | None:
+        """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Prototype | None:
+        """Replace the metadata as a whole; None where there is no such record."""
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Prototype | None:
+        """Set some keys of the metadata and leave the others; None where there is no such record."""
+    def delete(self, id: Any) -> bool:
+        """Remove the record; False where there was none."""
+
+class Providers:
+    """The providers of one namespace, ``db.providers``, newest first."""
+    repository: Repository[Provider]
+    def get(self, id: Any) -> Provider | None:
+        """Return the record, or None; one read."""
+    def exists(self, id: Any) -> bool:
+        """Whether there is such a record; it is not decoded."""
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[Provider]:
+        """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[Provider]:
+        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[Provider]:
+        """Yield every record that `find` would. As `Repository.iterate`."""
+    def count(self, **where: Any) -> int:
+        """Count the records, all or those that `find` would return; only keys are read."""
+    def create(self, record: Provider | None = ..., *, secret: str | None = ..., **fields: Any) -> Provider:
+        """Store a new provider, given whole or by its fields; return it as it is stored."""
+    def save(self, record: Provider, *, secret: str | None = ...) -> Provider:
+        """Store a provider whose id you bring, in place of what is there; return it as it is stored."""
+    def update(self, id: Any, fn: Callable[[Provider], Provider]) -> Provider | None:
+        """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Provider | None:
+        """Replace the metadata as a whole; None where there is no such record."""
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Provider | None:
+        """Set some keys of the metadata and leave the others; None where there is no such record."""
+    def delete(self, id: Any) -> bool:
+        """Remove the record; False where there was none."""
+    def set_secret(self, id: str | UUID, secret: str | None) -> Provider | None:
+        """Store another secret, encrypted, in place of the secret or reference there; None removes it."""
+    def secret(self, id: str | UUID) -> str | None:
+        """Return the secret: what its reference refers to now, or decrypted; None where there is none."""
+    def default(self, container_id: str | UUID) -> Provider | None:
+        """Return the default provider of a container, or None."""
+
+class RecoveredFiles:
+    """The recovered files of one namespace, ``db.recovered_files``; those of an agent, or of one of its paths (``find(agent_id=..., path=...)``), are found oldest first."""
+    repository: Repository[RecoveredFile]
+    def get(self, id: Any) -> RecoveredFile | None:
+        """Return the record, or None; one read."""
+    def exists(self, id: Any) -> bool:
+        """Whether there is such a record; it is not decoded."""
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[RecoveredFile]:
+        """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[RecoveredFile]:
+        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[RecoveredFile]:
+        """Yield every record that `find` would. As `Repository.iterate`."""
+    def count(self, **where: Any) -> int:
+        """Count the records, all or those that `find` would return; only keys are read."""
+    def create(self, record: RecoveredFile | None = ..., **fields: Any) -> RecoveredFile:
+        """Store a new record, given whole or by its fields; return it as it is stored."""
+    def save(self, record: RecoveredFile) -> RecoveredFile:
+        """Store a record whose id you bring, in place of what is there; return it as it is stored."""
+    def update(self, id: Any, fn: Callable[[RecoveredFile], RecoveredFile]) -> RecoveredFile | None:
+        """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> RecoveredFile | None:
+        """Replace the metadata as a whole; None where there is no such record."""
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> RecoveredFile | None:
+        """Set some keys of the metadata and leave the others; None where there is no such record."""
+    def delete(self, id: Any) -> bool:
+        """Remove the record; False where there was none."""
+    def of(self, parent: str | UUID, *, limit: int | None = ..., reverse: bool = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[RecoveredFile]:
+        """Return the records below a parent in the order of their keys, all or the first ``limit`` of them."""
+    def delete_all(self, parent: str | UUID) -> int:
+        """Remove the records below a parent; return how many there were. As `replace_all` by nothing."""
+    def replace_all(self, parent: str | UUID, items: Iterable[RecoveredFile]) -> builtins.list[RecoveredFile]:
+        """Let ``items`` be all the records below a parent; return them as they are stored."""
 
 class Repository(Generic[R]):
     """Records of one type in one collection of a store."""
@@ -250,6 +635,28 @@ class Repository(Generic[R]):
 
 class Sessions:
     """The sessions of one namespace, ``db.sessions``."""
+    def export(self, session_id: str | UUID, *, user_id: str | None = ...) -> dict[str, Any]:
+        """Return a session and all that belongs to it as a JSON value; `kvpersist.agents.transfer` has its shape."""
+    def import_(self, data: Mapping[str, Any], *, user_id: str | UnsetType | None = ..., new_ids: bool = ..., **fields: Any) -> Session:
+        """Store what `export` returned, and return the session. It can be seen when all of it is there."""
+    def fork(self, session_id: str | UUID, *, at: int | str | UUID | None = ..., count: int = ..., **fields: Any) -> _Sessions:
+        """Make sessions that begin as this one does, and return them."""
+    def exists(self, id: str | UUID) -> bool:
+        """Whether there is such a session; it is not decoded."""
+    def set_metadata(self, id: str | UUID, metadata: Mapping[str, Any]) -> Session | None:
+        """Replace a session's metadata; return the session, or None where there is none."""
+    def merge_metadata(self, id: str | UUID, metadata: Mapping[str, Any]) -> Session | None:
+        """Set these keys of a session's metadata and keep the others; return the session, None where there is none."""
+    def close(self, id: str | UUID) -> Session | None:
+        """Close a session: ``active=False``. It can still be read and written. None where there is none."""
+    def reopen(self, id: str | UUID) -> Session | None:
+        """Open a closed session again. None where there is none."""
+    def clear(self, id: str | UUID) -> int:
+        """Delete all that was said in a session, messages and calls; return how many messages. The session stays."""
+    def active(self, user_id: str, create: bool | Mapping[str, Any] = ...) -> Session | None:
+        """Return the newest open session of a user, or None."""
+    def delete_older(self, *, than: datetime | timedelta, user_id: str | None = ..., inactive_only: bool = ...) -> int:
+        """Delete the sessions that nothing was added to or changed in since a time; return how many."""
     def create(self, **fields: Any) -> Session:
         """Create a session of the given fields of `Session`; one commit."""
     def get(self, id: str | UUID) -> Session | None:
@@ -272,6 +679,42 @@ class Sessions:
         """Count the sessions, all or those that `find` would return; only keys are read."""
     def stat(self, id: str | UUID) -> SessionStat | None:
         """Return what is counted of a session, None where there is none; one read, no messages."""
+
+class Snapshots:
+    """The snapshots of one namespace, ``db.snapshots``; those of an agent are found newest first."""
+    repository: Repository[Snapshot]
+    def get(self, id: Any) -> Snapshot | None:
+        """Return the record, or None; one read."""
+    def exists(self, id: Any) -> bool:
+        """Whether there is such a record; it is not decoded."""
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[Snapshot]:
+        """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[Snapshot]:
+        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[Snapshot]:
+        """Yield every record that `find` would. As `Repository.iterate`."""
+    def count(self, **where: Any) -> int:
+        """Count the records, all or those that `find` would return; only keys are read."""
+    def create(self, record: Snapshot | None = ..., **fields: Any) -> Snapshot:
+        """As `save`, of a new one. ``UniqueConflict``: the agent has a snapshot of this id."""
+    def save(self, record: Snapshot) -> Snapshot:
+        """Store a snapshot, in place of the agent's snapshot of that id if there is one; return it as stored."""
+    def update(self, id: Any, fn: Callable[[Snapshot], Snapshot]) -> Snapshot | None:
+        """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Snapshot | None:
+        """Replace the metadata as a whole; None where there is no such record."""
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Snapshot | None:
+        """Set some keys of the metadata and leave the others; None where there is no such record."""
+    def delete(self, id: Any) -> bool:
+        """Remove the record; False where there was none."""
+    def of(self, parent: str | UUID, *, limit: int | None = ..., reverse: bool = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[Snapshot]:
+        """Return the records below a parent in the order of their keys, all or the first ``limit`` of them."""
+    def delete_all(self, parent: str | UUID) -> int:
+        """Remove the records below a parent; return how many there were. As `replace_all` by nothing."""
+    def replace_all(self, parent: str | UUID, items: Iterable[Snapshot]) -> builtins.list[Snapshot]:
+        """Let ``items`` be all the records below a parent; return them as they are stored."""
+    def messages(self, snapshot: Snapshot) -> builtins.list[Message]:
+        """Return what had been said, in order: the snapshot's copy, else its session up to its number."""
 
 class Store:
     """Plain values under plain text keys, in one event loop."""
@@ -347,8 +790,39 @@ class Subscription:
     def __iter__(self) -> Iterator[EventEntry]: ...
     def __next__(self) -> EventEntry: ...
 
+class Todos:
+    """The todo lists of one namespace, ``db.todos``. What is written checks that the agent is there."""
+    def get(self, agent_id: str | UUID) -> TodoList | None:
+        """Return the agent's list, or None where none was saved; one read."""
+    def save(self, agent_id: str | UUID, todos: Iterable[Todo], *, version: int | None = ...) -> TodoList:
+        """Replace the agent's list and return it as stored, with the next version."""
+    def update(self, agent_id: str | UUID, fn: Callable[[builtins.list[Todo]], Iterable[Todo]]) -> TodoList:
+        """Replace the agent's items by what ``fn`` makes of them (of an empty list where there is none)."""
+    def delete(self, agent_id: str | UUID) -> bool:
+        """Remove the agent's list; False where there was none. The next one begins with version 1."""
+
 class ToolCalls:
     """The tool calls of one namespace, ``db.tool_calls``."""
+    def set_state(self, session_id: str | UUID, number: int, position: int, state: str, *, note: str | None = ...) -> ToolCall | None:
+        """Bring a call to a state, in lower or upper case; return it, or None where there is no such call."""
+    def require_approval(self, session_id: str | UUID, number: int, position: int, *, note: str | None = ..., meta: dict[str, Any] | None = ...) -> ToolCall | None:
+        """Let a call wait until somebody approves or denies it. As `set_state`."""
+    def approve(self, session_id: str | UUID, number: int, position: int, *, by: str | None = ..., note: str | None = ..., meta: dict[str, Any] | None = ...) -> ToolCall | None:
+        """Let a call run: kept in ``approval`` with who decided, and when. Of two who decide, one gets the error."""
+    def deny(self, session_id: str | UUID, number: int, position: int, *, by: str | None = ..., note: str | None = ..., meta: dict[str, Any] | None = ...) -> ToolCall | None:
+        """Refuse a call. A tool message may still tell the model so; the call stays denied. As `approve`."""
+    def start(self, session_id: str | UUID, number: int, position: int, *, note: str | None = ...) -> ToolCall | None:
+        """Say that a call runs from now on: ``duration`` counts from here. As `set_state`."""
+    def complete(self, session_id: str | UUID, number: int, position: int, result: Any = ..., *, note: str | None = ...) -> ToolCall | None:
+        """Keep the result of a call that no message answers (yet). As `set_state`."""
+    def fail(self, session_id: str | UUID, number: int, position: int, error: str, *, note: str | None = ...) -> ToolCall | None:
+        """Keep what went wrong with a call, in ``error``. As `set_state`."""
+    def seal(self, session_id: str | UUID, number: int, position: int, *, note: str | None = ...) -> ToolCall | None:
+        """End a call that nobody will go on with, such as one that a crash interrupted. As `set_state`."""
+    def pending_approvals(self, session_id: str | UUID | None = ...) -> builtins.list[ToolCall]:
+        """Return the calls that wait for approval, of one session or of all, the oldest first."""
+    def replace_all(self, session_id: str | UUID, calls: Iterable[ToolCall]) -> int:
+        """Make a session's calls the given ones, by their places, writing only what differs."""
     def get(self, session_id: str | UUID, number: int, position: int) -> ToolCall | None:
         """Return the call at ``position`` (from 0) of message ``number``, or None."""
     def of(self, session_id: str | UUID, *, after: int = ..., before: int | None = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[ToolCall]:
@@ -361,6 +835,38 @@ class ToolCalls:
         """Count the calls, all or those that `find` would return; only keys are read."""
     def record(self, session_id: str | UUID, name: str, arguments: Any = ..., *, call_id: str | None = ...) -> AbstractContextManager[Recording]:
         """Record a call that no message asks for: begun here, ended with the block."""
+
+class Traces:
+    """The traces of one namespace, ``db.traces``, newest first; the children of one, oldest first."""
+    repository: Repository[Trace]
+    def get(self, id: Any) -> Trace | None:
+        """Return the record, or None; one read."""
+    def exists(self, id: Any) -> bool:
+        """Whether there is such a record; it is not decoded."""
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., scan: bool = ..., **where: Any) -> builtins.list[Trace]:
+        """Return up to ``limit`` traces behind the first ``offset``."""
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., scan: bool = ..., **where: Any) -> Page[Trace]:
+        """Return one page as `find` does, and the cursor that ``after`` takes for the next. Raises BadCursor."""
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., scan: bool = ..., **where: Any) -> Iterator[Trace]:
+        """Yield every trace that `find` would without a limit, 100 in memory at a time."""
+    def count(self, *, scan: bool = ..., **where: Any) -> int:
+        """Count what `find` would return without a limit; only keys are read where an index answers it."""
+    def create(self, record: Trace | None = ..., **fields: Any) -> Trace:
+        """Store a new record, given whole or by its fields; return it as it is stored."""
+    def save(self, record: Trace) -> Trace:
+        """Store a record whose id you bring, in place of what is there; return it as it is stored."""
+    def update(self, id: Any, fn: Callable[[Trace], Trace]) -> Trace | None:
+        """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Trace | None:
+        """Replace the metadata as a whole; None where there is no such record."""
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> Trace | None:
+        """Set some keys of the metadata and leave the others; None where there is no such record."""
+    def delete(self, id: Any) -> bool:
+        """Remove the record; False where there was none."""
+    def start(self, name: str, *, type: TraceType = ..., session_id: str | UUID | None = ..., parent_id: str | UUID | None = ..., input: Any = ..., metadata: Mapping[str, Any] | None = ...) -> Trace:
+        """Store a trace that begins now, and return it. Raises as `create`."""
+    def end(self, id: str | UUID, *, output: Any = ..., error: str | BaseException | None = ..., token_usage: TokenUsage | None = ..., metadata: Mapping[str, Any] | None = ..., ended_at: datetime | None = ...) -> Trace | None:
+        """Let a trace end, now unless told otherwise, and return it; None where there is none."""
 
 class Transaction:
     """Buffered writes of one `Store.atomic` block; what is read here is checked at the commit."""
@@ -379,3 +885,37 @@ class Watch:
     def __exit__(self, *problem: object) -> bool | None: ...
     def __iter__(self) -> Iterator[Change]: ...
     def __next__(self) -> Change: ...
+
+class Windows:
+    """The history windows of one namespace, ``db.windows``; those of an agent are found oldest first."""
+    repository: Repository[HistoryWindow]
+    def get(self, id: Any) -> HistoryWindow | None:
+        """Return the record, or None; one read."""
+    def exists(self, id: Any) -> bool:
+        """Whether there is such a record; it is not decoded."""
+    def find(self, *, limit: int = ..., offset: int = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> builtins.list[HistoryWindow]:
+        """Return up to ``limit`` records behind the first ``offset`` through an index. As `Repository.find`."""
+    def page(self, *, limit: int = ..., after: str | None = ..., on_corrupt: OnCorrupt | None = ..., **where: Any) -> Page[HistoryWindow]:
+        """Return one page as `find` does, and the cursor for the next. As `Repository.page`."""
+    def iterate(self, *, on_corrupt: OnCorrupt | None = ..., **where: Any) -> Iterator[HistoryWindow]:
+        """Yield every record that `find` would. As `Repository.iterate`."""
+    def count(self, **where: Any) -> int:
+        """Count the records, all or those that `find` would return; only keys are read."""
+    def create(self, record: HistoryWindow | None = ..., **fields: Any) -> HistoryWindow:
+        """Store a new record, given whole or by its fields; return it as it is stored."""
+    def save(self, record: HistoryWindow) -> HistoryWindow:
+        """Store a record whose id you bring, in place of what is there; return it as it is stored."""
+    def update(self, id: Any, fn: Callable[[HistoryWindow], HistoryWindow]) -> HistoryWindow | None:
+        """Replace the record by what ``fn`` makes of it, and return that; None where there is none."""
+    def set_metadata(self, id: Any, metadata: Mapping[str, Any]) -> HistoryWindow | None:
+        """Replace the metadata as a whole; None where there is no such record."""
+    def merge_metadata(self, id: Any, metadata: Mapping[str, Any]) -> HistoryWindow | None:
+        """Set some keys of the metadata and leave the others; None where there is no such record."""
+    def delete(self, id: Any) -> bool:
+        """Remove the record; False where there was none."""
+    def of(self, parent: str | UUID, *, limit: int | None = ..., reverse: bool = ..., on_corrupt: OnCorrupt | None = ...) -> builtins.list[HistoryWindow]:
+        """Return the records below a parent in the order of their keys, all or the first ``limit`` of them."""
+    def delete_all(self, parent: str | UUID) -> int:
+        """Remove the records below a parent; return how many there were. As `replace_all` by nothing."""
+    def replace_all(self, parent: str | UUID, items: Iterable[HistoryWindow]) -> builtins.list[HistoryWindow]:
+        """Let ``items`` be all the records below a parent; return them as they are stored."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ import msgspec
 from kvpersist import keys
 from kvpersist.agents.agent_forks import AgentForks
 from kvpersist.agents.family import Family, Parents
+from kvpersist.agents.records import SessionStat
 from kvpersist.agents.sessions import Sessions
 from kvpersist.agents.snapshots import Bookmark, Snapshots, marked
 from kvpersist.driver import Op
@@ -44,6 +46,7 @@ _Agents: TypeAlias = "list[Agent]"  # in the class below, `list` is a method
 _CROCKFORD: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _ID_BYTES: Final = 120  # of an encoded agent id: the id of what lies below it has to fit behind it
 _PAGE: Final = 250  # agents read at once
+_TOGETHER: Final = 100  # sessions whose counts are read at once
 
 
 class Agent(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -238,7 +241,7 @@ class Agents:
         """Return up to ``limit`` agents, newest first, behind the first ``offset``.
 
         Args:
-            where: ``template_id="t"``, and for ``created_at`` a range: ``between(a, b)``, ends included.
+            where: ``template_id="t"``, and for ``created`` a time or a range: ``between(a, b)``, ends included.
             id_prefix: only those whose id begins so; every character counts as itself. All of these are read.
 
         Raises:
@@ -287,17 +290,14 @@ class Agents:
         if not await self.exists(agent_id):
             return None
         total = AgentStats(snapshots=await self._snapshots.count(agent_id=agent_id))
-        async for session in self._sessions.iterate(agent_id=agent_id):
-            stat = await self._sessions.stat(session.id)
-            if stat is None:
-                continue
-            total.sessions += 1
-            total.messages += stat.messages
-            total.tool_calls += stat.tool_calls
-            _add(total.messages_by_role, stat.roles)
-            for name, tool in stat.tools.items():
-                _add(total.tool_calls_by_name, {name: tool.calls})
-                _add(total.tool_calls_by_state, tool.by_state())
+        cursor: str | None = None
+        while True:
+            page = await self._sessions.page(limit=_TOGETHER, after=cursor, agent_id=agent_id)
+            for stat in await asyncio.gather(*[self._sessions.stat(session.id) for session in page.items]):
+                _count(total, stat)
+            cursor = page.cursor
+            if cursor is None:
+                break
         if total.sessions:
             total.messages_per_session = total.messages / total.sessions
         if total.tool_calls:
@@ -346,11 +346,10 @@ class Agents:
     async def _beginning(
         self, id_prefix: str, where: Mapping[str, Any], on_corrupt: OnCorrupt | None
     ) -> AsyncIterator[Agent]:
-        if unknown := where.keys() - {"template_id", "created_at"}:
-            raise BadRequest(
-                f"with id_prefix, ask for template_id and created_at, not for {', '.join(sorted(unknown))}"
-            )
-        template, times = where.get("template_id"), where.get("created_at", between(None, None))
+        asked = _by_time(where)
+        if unknown := sorted(asked.keys() - {"template_id", "created_at"}):
+            raise BadRequest(f"with id_prefix, ask for template_id and created, not for {', '.join(unknown)}")
+        template, times = asked.get("template_id"), asked.get("created_at", between(None, None))
         if not isinstance(times, Range):
             times = between(times, times)
         repository = self._parents.repository
@@ -392,9 +391,22 @@ def _newest_first(agent: Agent) -> tuple[float, str]:
     return (0.0 if agent.created_at is None else -agent.created_at.timestamp(), keys.encode(agent.id))
 
 
-def _by_time(where: dict[str, Any]) -> dict[str, Any]:
+def _by_time(where: Mapping[str, Any]) -> dict[str, Any]:
     """Ask for a time in any case: through an index by time hidden agents are not met."""
-    return where or {"created_at": between(None, None)}
+    asked = {"created_at" if name == "created" else name: value for name, value in where.items()}
+    return asked or {"created_at": between(None, None)}
+
+
+def _count(total: AgentStats, stat: SessionStat | None) -> None:
+    if stat is None:  # deleted meanwhile
+        return
+    total.sessions += 1
+    total.messages += stat.messages
+    total.tool_calls += stat.tool_calls
+    _add(total.messages_by_role, stat.roles)
+    for name, tool in stat.tools.items():
+        _add(total.tool_calls_by_name, {name: tool.calls})
+        _add(total.tool_calls_by_state, tool.by_state())
 
 
 def _add(total: dict[str, int], counts: Mapping[str, int]) -> None:

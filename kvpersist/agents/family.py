@@ -62,11 +62,11 @@ class Family:
     def __init__(self, store: Store, namespace: str) -> None:
         self.store = store
         self.namespace = namespace
-        self.space = keys.namespace(namespace)
-        self.atomic = store.capabilities.atomic_batch != "none"
+        self.space: str = keys.namespace(namespace)
+        self.atomic: bool = store.capabilities.atomic_batch != "none"
         self.births: dict[str, Births] = {}
         self.repositories: dict[str, Repository[Any]] = {}
-        self.owned = False
+        self.owned: bool = False
 
     async def own(self) -> None:
         """Note that plain writes have no place in this namespace."""
@@ -97,12 +97,12 @@ class Births:
 
     def __init__(self, family: Family, repository: Repository[Any], *, beside: Beside | None = None) -> None:
         """``beside``: removes what is kept beside a record, where batches are not atomic."""
-        self.kind = repository.name
+        self.kind: str = repository.name
         self.repository = repository
         self._family = family
         self._store = family.store
-        self.prefix = keys.meta_prefix(family.space, self.kind, "birth")
-        self.deleting_prefix = keys.meta_prefix(family.space, self.kind, "deleting")
+        self.prefix: str = keys.meta_prefix(family.space, self.kind, "birth")
+        self.deleting_prefix: str = keys.meta_prefix(family.space, self.kind, "deleting")
         self.deletions = Deletions(family.store, repository, self.prefix, self.deleting_prefix, beside)
         self._known: OrderedDict[str, Check] = OrderedDict()
         family.births[self.kind] = self
@@ -732,7 +732,7 @@ class Children(Records[R]):
             reverse: the last ones first.
             on_corrupt: is handed the error of each damaged record, which is left out; without it, it is raised.
         """
-        entries = await self._below(keys.encode(str(parent)))
+        entries = await self._below(keys.encode(str(parent)), None if reverse else limit)
         if reverse:
             entries.reverse()
         return list(decoded(self.repository._codec, entries[:limit], on_corrupt))
@@ -872,14 +872,14 @@ class Children(Records[R]):
     def _differs(self, pk: str, record: R, old: Entry | None) -> bool:
         return old is None or self._decode(old) != record
 
-    async def _below(self, part: str) -> list[Entry]:
+    async def _below(self, part: str, limit: int | None = None) -> list[Entry]:
         start = self.repository._prefix + part
         end = keys.prefix_end(start + "!")
         found: list[Entry] = []
         while True:
             page = await self._store._scan(start, end, limit=_PAGE)
             found += [entry for entry in page if live(entry) is not None]
-            if len(page) < _PAGE:
+            if len(page) < _PAGE or (limit is not None and len(found) >= limit):
                 return found
             start = page[-1].key + "!"  # no key lies between a key and itself + '!'
 

@@ -167,6 +167,9 @@ async def test_agents_are_listed_newest_first_by_template_and_time(db: Persisten
     days = between(BEGIN + timedelta(1), BEGIN + timedelta(4))
     assert ids(await db.agents.find(created_at=days)) == "4321"
     assert ids(await db.agents.find(template_id="odd", created_at=days)) == "31"
+    assert ids(await db.agents.find(created=at_least(BEGIN + timedelta(4)), template_id="even")) == "4"
+    assert ids(await db.agents.find(created=BEGIN + timedelta(2))) == "2"
+    assert ids(await db.agents.find(id_prefix="a", created=days, template_id="odd")) == "31"
     assert ids(await db.agents.find(created_at=at_least(BEGIN + timedelta(9)))) == ""
     assert ids([agent async for agent in db.agents.iterate(template_id="odd")]) == "531"
     assert ids([agent async for agent in db.agents.iterate()]) == "543210"
@@ -200,7 +203,7 @@ async def test_a_prefix_of_ids_is_meant_literally(db: Persistence) -> None:
 async def test_an_id_like_a_path_leads_nowhere_else(tmp_path: Path) -> None:
     home = tmp_path / "in" / "here"
     evil = ["../../../out", "/etc/agent", "parent/fork-1", "..", "C:\\x", "a\x00b"]
-    async with kvpersist.open(f"file://{home}") as db:
+    async with kvpersist.open(f"file://{home}?kv.durability=normal") as db:
         for id_ in evil:
             await fill(db, id_)
         assert {agent.id for agent in await db.agents.list()} == set(evil)
@@ -245,6 +248,32 @@ async def test_statistics_count_and_read_no_message(db: Persistence, driver: Any
     assert stats.tool_calls_by_state == {"completed": 1, "failed": 1, "pending": 2}
     assert (stats.messages_per_session, stats.success_rate) == (2.5, 25.0)
     assert driver.values_read == 0
+
+
+async def test_calls_are_counted_by_every_state(db: Persistence) -> None:
+    await db.agents.create(id="a")
+    await db.sessions.create(id="s", agent_id="a")
+    parts = [ToolCallPart(str(n), "t") for n in range(5)]
+    await db.messages.append("s", Message("assistant", tool_calls=parts))
+    await db.tool_calls.require_approval("s", 1, 0)
+    await db.tool_calls.require_approval("s", 1, 1)
+    await db.tool_calls.approve("s", 1, 1, by="me")
+    await db.tool_calls.require_approval("s", 1, 2)
+    await db.tool_calls.deny("s", 1, 2, by="me")
+    await db.tool_calls.start("s", 1, 3)
+    await db.tool_calls.complete("s", 1, 3, 0)
+
+    stats = await db.agents.stats("a")
+
+    assert stats is not None
+    assert stats.tool_calls_by_state == {
+        "approval_required": 1,
+        "approved": 1,
+        "denied": 1,
+        "completed": 1,
+        "pending": 1,
+    }
+    assert stats.success_rate == 20.0
 
 
 async def test_there_is_no_rate_where_there_is_nothing(db: Persistence) -> None:
@@ -395,6 +424,18 @@ async def test_state_of_an_agent_that_is_not_there_is_refused(db: Persistence, d
             await write
 
     assert await driver.everything() == before
+
+
+async def test_a_late_event_makes_no_agent(db: Persistence) -> None:
+    await fill(db, "a")
+    await db.agents.delete("a")
+
+    await db.events.publish("a", "late")
+
+    assert not await db.agents.exists("a")
+    assert (await db.agents.list(), await db.sessions.list()) == ([], [])
+    with pytest.raises(ParentGone):
+        await db.todos.save("a", [])
 
 
 async def test_an_id_used_again_begins_with_nothing(db: Persistence) -> None:

@@ -39,13 +39,17 @@ from kvpersist import (
     WindowStats,
 )
 from kvpersist.agents.agents import Agents
+from kvpersist.agents.confirmations import Confirmations
+from kvpersist.agents.family import Records
 from kvpersist.agents.history import Compressions, RecoveredFiles, Windows
 from kvpersist.agents.media import MediaCache
 from kvpersist.agents.messages import Messages
+from kvpersist.agents.providers import Providers
 from kvpersist.agents.sessions import Sessions
 from kvpersist.agents.snapshots import Snapshots
 from kvpersist.agents.todos import Todos
 from kvpersist.agents.tool_calls import ToolCalls
+from kvpersist.agents.traces import Traces
 from kvpersist.events import Claimed, EventGroup, GroupStats, Lag, Parked, Subscription, TopicStats
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +94,10 @@ def shown(cells: str) -> dict[str, list[str]]:
         ("agent-state.md", "db.windows", Compressions),
         ("agent-state.md", "db.windows", RecoveredFiles),
         ("agent-state.md", "db.windows", MediaCache),
+        ("agents.md", "Records with the usual methods", Records),
+        ("agents.md", "db.providers", Providers),
+        ("agents.md", "db.traces", Traces),
+        ("agents.md", "db.confirmations", Confirmations),
         ("events.md", "EventQueue", EventQueue),
         ("events.md", "Subscription", Subscription),
         ("events.md", "EventGroup", EventGroup),
@@ -118,7 +126,24 @@ def test_every_argument_of_a_declaration_is_named(type_: Any) -> None:
     assert set(inspect.signature(type_).parameters) - {"store"} <= named
 
 
-@pytest.mark.parametrize("record", [Session, Message, ToolCallPart, ToolCall, TimelineItem])
+@pytest.mark.parametrize(
+    "record",
+    [
+        Session,
+        Message,
+        ToolCallPart,
+        ToolCall,
+        TimelineItem,
+        kvpersist.Confirmation,
+        kvpersist.Trace,
+        kvpersist.TokenUsage,
+        kvpersist.Container,
+        kvpersist.Image,
+        kvpersist.Prototype,
+        kvpersist.Provider,
+        kvpersist.LoginSession,
+    ],
+)
 def test_every_field_of_a_record_is_named(record: Any) -> None:
     text = (REFERENCE / "agents.md").read_text("utf-8")
     [fields] = re.findall(rf"^\| `{record.__name__}` \| ([^:;|]+)", text, re.MULTILINE)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import kvpersist.sync
 
@@ -45,6 +45,7 @@ class Types:
         self.imports: dict[str, tuple[str, str]] = {}  # name here -> module, name there
         self.local: dict[str, str] = {}  # names defined in the stub: their source
         self.bodies: dict[str, list[str]] = {}
+        self._given: dict[str, type] = {}  # what stands for type variables in the class at hand
 
     def text(self) -> str:
         waiting = [_found(root) for root in ROOTS]
@@ -55,6 +56,7 @@ class Types:
             for name in open_:
                 self.bodies[name] = self._class(self.classes[name])
                 done.add(name)
+        self._given = {}
         opened = [*self._opening("open_sync", "kvpersist.agents.persistence", "open")]
         opened += self._opening("open_store_sync", "kvpersist.store", "open_store")
         lines = ['"""Made by tests/sync/make_types.py from the asynchronous names; see `kvpersist.sync`."""', ""]
@@ -75,6 +77,7 @@ class Types:
         yield from self._function(name, getattr(importlib.import_module(module), of), method=False)
 
     def _class(self, type_: type) -> list[str]:
+        self._given = _given(type_)
         names = _generic(type_)
         for name in names:
             self._name(name, importlib.import_module(type_.__module__))
@@ -153,6 +156,8 @@ class Types:
 
     def _name(self, name: str, module: ModuleType) -> str:
         """Make a name of ``module`` known in the stub, and return what it is called there."""
+        if name in self._given:
+            return self._name(self._given[name].__name__, importlib.import_module(self._given[name].__module__))
         if hasattr(__builtins__, name) or name in dir(__import__("builtins")):
             return self._builtin(name)
         if name in _RENAMED:
@@ -248,6 +253,18 @@ def _split(name: str) -> tuple[str, str]:
 
 def _generic(type_: type) -> list[str]:
     return [each.__name__ for each in getattr(type_, "__parameters__", ())]
+
+
+def _given(type_: type) -> dict[str, type]:
+    """What the type variables of the bases stand for: of ``class Images(Records[Image])``, R is Image."""
+    given: dict[str, type] = {}
+    for base in type_.__mro__:
+        for written in vars(base).get("__orig_bases__", ()):
+            variables = getattr(get_origin(written), "__parameters__", ())
+            for variable, of in zip(variables, get_args(written), strict=False):
+                if isinstance(of, type):
+                    given.setdefault(variable.__name__, of)
+    return given
 
 
 def _first_line(documented: Any) -> str:

@@ -7,7 +7,7 @@ tau         objects with ``traj``, a list of messages (tau-bench); every other k
 openai      objects with ``messages``; every other key is metadata
 messages    a list of messages: one conversation
 jsonl       per line a conversation in any form here; or per line a message: one conversation
-kvpersist   what `kvpersist.ops.chat_export.export_session` writes
+kvpersist   what `kvpersist.ops.chat_export.export_session` writes, or `Sessions.export` returns
 ==========  =====================================================================================
 
 A file of the first two, or of the last, holds one conversation or a list of them. A message has
@@ -23,6 +23,7 @@ document, held as bytes while its conversations are read one by one.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from os import PathLike, fspath
@@ -37,7 +38,17 @@ from kvpersist.agents.records import ROLES, Message, Session, ToolCall, ToolCall
 from kvpersist.codec import JSON, RecordCodec, frame, unframe
 from kvpersist.errors import BadOption, CorruptRecord, MalformedRecord
 
-__all__ = ["EXPORT_FORMAT", "EXPORT_VERSION", "Chat", "ChatFormat", "ChatSource", "Chats", "read_chats", "to_json"]
+__all__ = [
+    "EXPORT_FORMAT",
+    "EXPORT_VERSION",
+    "OWN_VERSION",
+    "Chat",
+    "ChatFormat",
+    "ChatSource",
+    "Chats",
+    "read_chats",
+    "to_json",
+]
 
 ChatFormat: TypeAlias = Literal["auto", "tau", "openai", "messages", "jsonl", "kvpersist"]
 ChatSource: TypeAlias = str | PathLike[str] | IO[bytes]
@@ -45,6 +56,8 @@ EXPORT_FORMAT: Final = "kvpersist.session"
 """The ``format`` member of our own export."""
 EXPORT_VERSION: Final = 1
 """Its ``version``."""
+OWN_VERSION: Final = 2
+"""The ``version`` of what `Sessions.export` returns, which is read too."""
 
 _Json: TypeAlias = dict[str, Any]
 _FORMATS: Final = get_args(ChatFormat)
@@ -277,8 +290,9 @@ def _foreign(name: str, record: int, value: Any, key: str) -> Chat:
 
 def _exported(name: str, record: int, value: _Json) -> Chat:
     """One of our own exports. Ids and owners are no part of what makes two of them equal."""
-    if value.get("version") != EXPORT_VERSION:
-        raise _Malformed("version", f"{value.get('version')!r}, this kvpersist reads {EXPORT_VERSION}")
+    version = value.get("version")
+    if isinstance(version, bool) or version not in (EXPORT_VERSION, OWN_VERSION):
+        raise _Malformed("version", f"{version!r}, this kvpersist reads {EXPORT_VERSION} and {OWN_VERSION}")
     header, raw = value.get("session"), value.get("messages")
     if not isinstance(header, dict):
         raise _Malformed("session", f"{_named(header)}, expected an object")
@@ -287,6 +301,8 @@ def _exported(name: str, record: int, value: _Json) -> Chat:
     session = _decode(_SESSIONS, header, "session")
     owner = session.user_id
     messages = [_decode(_MESSAGES, item, f"messages[{n}]") for n, item in enumerate(cast(list[Any], raw))]
+    if version == OWN_VERSION:
+        value["recorded_calls"] = _aside(messages, value.get("calls", []))
     for n, message in enumerate(messages):
         if message.role not in ROLES:
             raise _Malformed(f"messages[{n}].role", f"{message.role!r}, expected one of {', '.join(sorted(ROLES))}")
@@ -307,6 +323,28 @@ def _exported(name: str, record: int, value: _Json) -> Chat:
         messages=messages,
         recorded=recorded,
     )
+
+
+def _aside(messages: Sequence[Message], value: Any) -> Any:
+    """Of the calls that `Sessions.export` tells, those that no message asks for, numbered by places."""
+    if not isinstance(value, list):
+        return value  # told of where it is read
+    numbers = [message.number or place for place, message in enumerate(messages, 1)]
+    asked = {number: len(message.tool_calls or ()) for number, message in zip(numbers, messages, strict=True)}
+    found: list[Any] = []
+    for item in cast("list[Any]", value):
+        if not isinstance(item, dict):
+            found.append(item)
+            continue
+        call = cast(_Json, item).copy()
+        number, position = call.get("number"), call.pop("position", 0)
+        if isinstance(number, int) and isinstance(position, int) and position < asked.get(number, 0):
+            continue
+        for field in ("number", "result_number"):
+            if isinstance(place := call.get(field), int):
+                call[field] = bisect_right(numbers, place)
+        found.append(call)
+    return found
 
 
 def _recorded(value: Any, messages: int) -> list[ToolCall]:

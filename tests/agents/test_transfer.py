@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from kvpersist.agents.persistence import Persistence
 from kvpersist.agents.traces import TokenUsage
 from kvpersist.errors import BadRequest, MalformedRecord, ParentGone, UniqueConflict
 from kvpersist.ops.chat_export import export_session
+from kvpersist.ops.chat_import import import_chats
 from kvpersist.testing.faults import Crashed, FaultyDriver
 from kvpersist_drivers.memory import MemoryDriver
 
@@ -255,3 +257,22 @@ async def test_what_fails_half_way_is_taken_away_again(driver: Any, monkeypatch:
 
         assert set(await driver.everything()) == keys
         assert not await db.sessions.exists("new")
+
+
+async def test_the_command_line_imports_what_is_exported_here(db: Persistence, sound: Sound) -> None:
+    await talk(db)
+    data = json.dumps(await db.sessions.export("s")).encode()
+    async with kvpersist.open(MemoryDriver()) as other:
+        for _ in range(2):
+            report = await import_chats(other, io.BytesIO(data))
+        assert (report.present, await other.sessions.count()) == (1, 1)
+        assert report.first is not None
+        messages = await other.messages.range(report.first)
+        assert [m.content for m in messages] == [m.content for m in await db.messages.range("s")]
+        calls = await other.tool_calls.of(report.first)
+        assert [(c.number, c.name, c.state, c.result) for c in calls] == [
+            (2, "t", "failed", ""),
+            (2, "t", "pending", None),
+            (4, "aside", "completed", 0),
+        ]
+        await sound(other)

@@ -636,7 +636,7 @@ async def test_times_of_our_own_export_are_kept(db: Persistence) -> None:
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"version": 2}, "version"),
+        ({"version": 3}, "version"),
         ({"session": None}, "session"),
         ({"session": {"metadata": []}}, "session"),
         ({"messages": None}, "messages"),

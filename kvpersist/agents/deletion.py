@@ -127,7 +127,7 @@ class Deletions:
         """Remove what is kept at the id of the record, and below it."""
         start = repository._prefix + part
         end = keys.prefix_end(start + "!")  # behind the id itself comes nothing before '!'
-        while page := await self._store._scan(start, end, limit=_together(repository)):
+        while page := await self._store._scan(start, end, limit=_PAGE):
             await remove_page(repository, [entry for entry in page if live(entry) is not None], guard)
             if not self._atomic:  # what was removed leaves tombstones
                 start = page[-1].key + "!"
@@ -188,10 +188,9 @@ async def belonging(repository: Repository[Any], field: str, id: str) -> AsyncIt
     except IndexNotReady:
         query = await repository._reader.query({}, whole=True)
     start: str | None = query.start
-    size = _together(repository)
     while start is not None:
-        page = await store._scan(start, query.end, limit=size)
-        start = page[-1].key + "!" if len(page) == size else None
+        page = await store._scan(start, query.end, limit=_PAGE)
+        start = page[-1].key + "!" if len(page) == _PAGE else None
         if query.slot is not None:
             stored = await store._entries([repository._prefix + entry.value.decode() for entry in page])
             page = [entry for entry in stored if entry is not None]
@@ -207,12 +206,6 @@ async def belonging(repository: Repository[Any], field: str, id: str) -> AsyncIt
                 found.append(entry)
         if found:
             yield found
-
-
-def _together(repository: Repository[Any]) -> int:
-    """How many records are removed in one batch."""
-    limit = repository.store.capabilities.max_batch
-    return _PAGE if limit is None else max(1, min(_PAGE, limit // (3 + 2 * len(repository.indexes))))
 
 
 async def require(store: Store, guard: Check) -> None:

@@ -146,7 +146,9 @@ class PersistenceMiddleware:
         """Return the latest traces of a thread, newest first."""
         return await self._db.traces.find(session_id=str(thread_id), limit=limit)
 
-    def handler(self, thread_id: str | UUID, *, agent_id: str | None = None, user_id: str | None = None) -> ThreadHandler:
+    def handler(
+        self, thread_id: str | UUID, *, agent_id: str | None = None, user_id: str | None = None
+    ) -> ThreadHandler:
         """Return the callbacks of one thread, for agents that are given functions to call."""
         return ThreadHandler(self, str(thread_id), agent_id, user_id)
 

@@ -732,7 +732,7 @@ class Children(Records[R]):
             reverse: the last ones first.
             on_corrupt: is handed the error of each damaged record, which is left out; without it, it is raised.
         """
-        entries = await self._below(keys.encode(str(parent)))
+        entries = await self._below(keys.encode(str(parent)), None if reverse else limit)
         if reverse:
             entries.reverse()
         return list(decoded(self.repository._codec, entries[:limit], on_corrupt))
@@ -872,14 +872,14 @@ class Children(Records[R]):
     def _differs(self, pk: str, record: R, old: Entry | None) -> bool:
         return old is None or self._decode(old) != record
 
-    async def _below(self, part: str) -> list[Entry]:
+    async def _below(self, part: str, limit: int | None = None) -> list[Entry]:
         start = self.repository._prefix + part
         end = keys.prefix_end(start + "!")
         found: list[Entry] = []
         while True:
             page = await self._store._scan(start, end, limit=_PAGE)
             found += [entry for entry in page if live(entry) is not None]
-            if len(page) < _PAGE:
+            if len(page) < _PAGE or (limit is not None and len(found) >= limit):
                 return found
             start = page[-1].key + "!"  # no key lies between a key and itself + '!'
 

@@ -539,6 +539,34 @@ async def test_a_label_written_while_its_record_is_deleted_is_one_again(db: Pers
     assert [run.id for run in await kit.runs.find(agent_id="a")] == ["late"]
 
 
+async def test_a_damaged_record_does_not_keep_a_deletion_from_ending(db: Persistence, driver: Any) -> None:
+    await furnish(db, "kept", sessions=1)
+    before = await driver.everything()
+    await furnish(db, "c", sessions=1)
+    for key in [key for key in await driver.everything() if key.endswith((":c-i0", ":c-p", ":c-v", ":c-s0-t"))]:
+        if "#" not in key:
+            await db.store._commit([Put(key, b"damaged")])
+
+    assert await db.containers.delete("c")
+
+    if db.store.capabilities.atomic_batch == "none":
+        await without_stale(db)
+    assert await driver.everything() == before
+
+
+async def test_what_belonged_to_a_record_before_there_was_an_index_goes_with_it(db: Persistence) -> None:
+    old = kvpersist.Repository(db.store, Run, name="run")
+    for n in range(130):
+        await old.put(Run(id=f"r{n}", agent_id="a" if n % 2 else "b"))
+    kit = Kit(db)
+    await kit.agents.create(id="a")
+
+    await kit.agents.delete("a")
+
+    assert {run.agent_id async for run in kit.runs.iterate()} == {"b"}
+    assert await kit.runs.count() == 65
+
+
 async def test_a_cascade_of_ones_own_is_asked_with_the_id(kit: Kit) -> None:
     seen: list[str] = []
 

@@ -63,13 +63,13 @@ class Agent(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     id: str = ""
     template_id: str | None = None
-    lineage: list[str] = msgspec.field(default_factory=list[str])
+    lineage: list[str] = []
     config_version: str | None = None
     breakpoint: str = "ready"
     last_safe_point: int = -1
     bookmark: Bookmark | None = None
-    counters: dict[str, int] = msgspec.field(default_factory=dict[str, int])
-    metadata: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
+    counters: dict[str, int] = {}
+    metadata: dict[str, Any] = {}
     created_at: datetime | None = None
     updated_at: datetime | None = None
 
@@ -87,9 +87,9 @@ class AgentStats(msgspec.Struct, kw_only=True):
     messages: int = 0
     tool_calls: int = 0
     snapshots: int = 0
-    messages_by_role: dict[str, int] = msgspec.field(default_factory=dict[str, int])
-    tool_calls_by_name: dict[str, int] = msgspec.field(default_factory=dict[str, int])
-    tool_calls_by_state: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    messages_by_role: dict[str, int] = {}
+    tool_calls_by_name: dict[str, int] = {}
+    tool_calls_by_state: dict[str, int] = {}
     messages_per_session: float | None = None
     success_rate: float | None = None
 

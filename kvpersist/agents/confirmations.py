@@ -26,7 +26,7 @@ class Confirmation(msgspec.Struct, kw_only=True, omit_defaults=True):
     call_id: str | None = None
     number: int | None = None
     position: int | None = None
-    metadata: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
+    metadata: dict[str, Any] = {}
     created_at: datetime | None = None
 
 

@@ -18,8 +18,8 @@ class Container(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     id: str = ""
     name: str | None = None
-    config: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
-    metadata: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
+    config: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     created_at: datetime | None = None
     updated_at: datetime | None = None
 

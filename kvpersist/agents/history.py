@@ -48,8 +48,8 @@ class HistoryWindow(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     id: str = ""
     agent_id: str = ""
-    messages: list[Message] = msgspec.field(default_factory=list[Message])
-    events: list[Any] = msgspec.field(default_factory=list[Any])
+    messages: list[Message] = []
+    events: list[Any] = []
     stats: WindowStats | None = None
     created_at: datetime | None = None
 
@@ -74,7 +74,7 @@ class Compression(msgspec.Struct, kw_only=True, omit_defaults=True):
     config: CompressionConfig = msgspec.field(default_factory=CompressionConfig)
     summary: str = ""
     ratio: float = 0.0
-    recovered_files: list[str] = msgspec.field(default_factory=list[str])
+    recovered_files: list[str] = []
     created_at: datetime | None = None
 
 

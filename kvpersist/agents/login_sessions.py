@@ -21,7 +21,7 @@ class LoginSession(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     id: str = ""
     user_id: str
-    metadata: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
+    metadata: dict[str, Any] = {}
     expires_at: datetime | None = None
     created_at: datetime | None = None
 

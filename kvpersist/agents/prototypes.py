@@ -21,8 +21,8 @@ class Prototype(msgspec.Struct, kw_only=True, omit_defaults=True):
     name: str | None = None
     description: str | None = None
     system_prompt: str | None = None
-    mcp_servers: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
-    metadata: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
+    mcp_servers: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     role_id: str | None = None
     os_id: str | None = None
     model: str | None = None

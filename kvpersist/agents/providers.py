@@ -44,7 +44,7 @@ class Provider(msgspec.Struct, kw_only=True, omit_defaults=True):
     base_url: str | None = None
     model: str | None = None
     is_default: bool | None = None
-    metadata: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
+    metadata: dict[str, Any] = {}
     secret_ref: str | None = None
     sealed: bytes | None = None
     created_at: datetime | None = None

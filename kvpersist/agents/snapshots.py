@@ -41,7 +41,7 @@ class Snapshot(msgspec.Struct, kw_only=True, omit_defaults=True):
     messages: list[Message] | None = None
     last_safe_point: int = -1
     bookmark: Bookmark | None = None
-    metadata: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
+    metadata: dict[str, Any] = {}
     created_at: datetime | None = None
 
 

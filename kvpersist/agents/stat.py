@@ -44,11 +44,11 @@ class Stat(msgspec.Struct, omit_defaults=True):
     updated_at: datetime
     last: int = 0
     messages: int = 0
-    roles: dict[str, int] = msgspec.field(default_factory=dict[str, int])
-    tools: dict[str, tuple[int, ...]] = msgspec.field(default_factory=dict[str, tuple[int, ...]])
-    open: list[Waiting] = msgspec.field(default_factory=list[Waiting])
+    roles: dict[str, int] = {}
+    tools: dict[str, tuple[int, ...]] = {}
+    open: list[Waiting] = []
     indexed_at: datetime | None = None  # what the index `updated` holds
-    settled: list[Waiting] = msgspec.field(default_factory=list[Waiting])
+    settled: list[Waiting] = []
     unsure: bool = False
 
     def public(self) -> SessionStat:

@@ -38,7 +38,7 @@ class TodoList(msgspec.Struct, kw_only=True, omit_defaults=True):
     """All there is to do for an agent, in order. ``version`` counts the saves, from 1."""
 
     agent_id: str
-    todos: list[Todo] = msgspec.field(default_factory=list[Todo])
+    todos: list[Todo] = []
     version: int = 0
     updated_at: datetime | None = None
 

@@ -52,7 +52,7 @@ class Trace(msgspec.Struct, kw_only=True, omit_defaults=True):
     duration: float | None = None
     started_at: datetime | None = None
     ended_at: datetime | None = None
-    metadata: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
+    metadata: dict[str, Any] = {}
     root: bool | None = None
     failed: bool | None = None
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 from uuid import UUID
 
-from kvpersist.agents.ensure import ensure_session
-from kvpersist.agents.given import message_of
+from kvpersist.agents.conversations.traces import TokenUsage, Trace
 from kvpersist.agents.records import Message, id_text
-from kvpersist.agents.runs import OnMessage, notify
-from kvpersist.agents.traces import TokenUsage, Trace
+from kvpersist.agents.runs.ensure import ensure_session
+from kvpersist.agents.runs.given import message_of
+from kvpersist.agents.runs.runs import OnMessage, notify
 from kvpersist.errors import BadOption, BadRequest, ParentGone
 
 if TYPE_CHECKING:

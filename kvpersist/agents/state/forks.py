@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import msgspec
 
 from kvpersist import keys
+from kvpersist.agents.conversations.messages import Messages
+from kvpersist.agents.conversations.sessions import Sessions
 from kvpersist.agents.deletion import Cascade, require
 from kvpersist.agents.family import Children, Family
-from kvpersist.agents.history import Compressions, RecoveredFiles, Windows
-from kvpersist.agents.media import MediaCache
-from kvpersist.agents.messages import Messages
 from kvpersist.agents.records import Session
-from kvpersist.agents.sessions import Sessions
-from kvpersist.agents.snapshots import Snapshot, Snapshots
-from kvpersist.agents.todos import Todos
+from kvpersist.agents.state.history import Compressions, RecoveredFiles, Windows
+from kvpersist.agents.state.media import MediaCache
+from kvpersist.agents.state.snapshots import Snapshot, Snapshots
+from kvpersist.agents.state.todos import Todos
 from kvpersist.driver import ABSENT, Check, Delete, Put
 from kvpersist.errors import Conflict, ParentGone, UniqueConflict
 from kvpersist.events import EventEntry, EventQueue, NewEvent
@@ -31,7 +31,7 @@ from kvpersist.events.removal import remove_topic
 from kvpersist.store import Store
 
 if TYPE_CHECKING:
-    from kvpersist.agents.agents import Agent, AgentParents
+    from kvpersist.agents.state.agents import Agent, AgentParents
 
 __all__ = ["AgentForks", "topic_cascade"]
 

@@ -7,7 +7,7 @@ from datetime import datetime
 import msgspec
 
 from kvpersist.agents.family import Births, Children, Family
-from kvpersist.agents.history import BY_TIME
+from kvpersist.agents.state.history import BY_TIME
 from kvpersist.errors import BadRequest
 
 __all__ = ["Media", "MediaCache"]

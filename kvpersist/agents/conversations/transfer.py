@@ -23,15 +23,15 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from kvpersist import keys
-from kvpersist.agents.approvals import state_named
-from kvpersist.agents.collections import Collections
-from kvpersist.agents.confirmations import Confirmation
-from kvpersist.agents.items import answered, asked_call, checked
-from kvpersist.agents.making import Making, new_session
-from kvpersist.agents.ordered import OrderedTurns
+from kvpersist.agents.conversations.approvals import state_named
+from kvpersist.agents.conversations.collections import Collections
+from kvpersist.agents.conversations.confirmations import Confirmation
+from kvpersist.agents.conversations.items import answered, asked_call, checked
+from kvpersist.agents.conversations.making import Making, new_session
+from kvpersist.agents.conversations.ordered import OrderedTurns
+from kvpersist.agents.conversations.traces import Trace, TraceType
+from kvpersist.agents.conversations.turns import Turns
 from kvpersist.agents.records import Message, Session, ToolCall, new_id
-from kvpersist.agents.traces import Trace, TraceType
-from kvpersist.agents.turns import Turns
 from kvpersist.codec import JSON, RecordCodec, frame, unframe
 from kvpersist.errors import BadRequest, CorruptRecord, MalformedRecord, ParentGone, Unencodable, UniqueConflict
 from kvpersist.index.writer import live
@@ -68,7 +68,7 @@ class Transfers:
         async def get(self, id: str | UUID) -> Session | None: ...
 
     async def export(self, session_id: str | UUID, *, user_id: str | None = None) -> dict[str, Any]:
-        """Return a session and all that belongs to it as a JSON value; `kvpersist.agents.transfer` has its shape.
+        """Return a session and all that belongs to it as a JSON value; `kvpersist.agents.conversations.transfer` has its shape.
 
         Args:
             user_id: whose session it has to be.

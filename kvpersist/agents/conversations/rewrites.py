@@ -14,11 +14,11 @@ from typing import Final
 from uuid import UUID
 
 from kvpersist import keys
-from kvpersist.agents.collections import Collections
-from kvpersist.agents.items import Remove, Replace, Rewritten, Turn, checked
-from kvpersist.agents.ordered import OrderedTurns
+from kvpersist.agents.conversations.collections import Collections
+from kvpersist.agents.conversations.items import Remove, Replace, Rewritten, Turn, checked
+from kvpersist.agents.conversations.ordered import OrderedTurns
+from kvpersist.agents.conversations.turns import Turns
 from kvpersist.agents.records import Message, utc
-from kvpersist.agents.turns import Turns
 from kvpersist.errors import BadRequest, ParentGone
 from kvpersist.index.writer import live
 from kvpersist.log import after_stat

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeAlias, cast
 
-from kvpersist.agents.answers import read_tool_call
 from kvpersist.agents.records import Message
+from kvpersist.agents.runs.answers import read_tool_call
 from kvpersist.errors import BadRequest
 
 __all__ = ["Given", "message_of", "read_messages"]

@@ -8,9 +8,11 @@ from datetime import datetime, timedelta
 from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
 from kvpersist import keys
-from kvpersist.agents.collections import Collections
 from kvpersist.agents.content import MORE, TEXT_INDEX, Term, content_types, folded, lookup, text_index, text_of
-from kvpersist.agents.queries import (
+from kvpersist.agents.conversations.collections import Collections
+from kvpersist.agents.conversations.stat import Stat
+from kvpersist.agents.conversations.turns import EXACT
+from kvpersist.agents.finding.queries import (
     Asked,
     Choice,
     Chunk,
@@ -33,8 +35,6 @@ from kvpersist.agents.queries import (
     within,
 )
 from kvpersist.agents.records import ROLES, TOOL_CALL_STATES, Message, Session, ToolCall
-from kvpersist.agents.stat import Stat
-from kvpersist.agents.turns import EXACT
 from kvpersist.errors import BadRequest, CorruptRecord, IndexNotReady, KvError, NoIndex
 from kvpersist.index import Index, bind
 from kvpersist.index.declaration import Range

@@ -15,14 +15,14 @@ from uuid import UUID
 
 import msgspec
 
-from kvpersist.agents.answers import Answer, Extract
-from kvpersist.agents.calling import AgentThread, Caller, RunContext
-from kvpersist.agents.ensure import check_owner, ensure_session
-from kvpersist.agents.given import Given, read_messages
-from kvpersist.agents.items import checked
-from kvpersist.agents.model_messages import STYLES, Style, model_messages
+from kvpersist.agents.conversations.items import checked
 from kvpersist.agents.records import Message, new_id
-from kvpersist.agents.streams import StoredStream, StoredTurn
+from kvpersist.agents.runs.answers import Answer, Extract
+from kvpersist.agents.runs.calling import AgentThread, Caller, RunContext
+from kvpersist.agents.runs.ensure import check_owner, ensure_session
+from kvpersist.agents.runs.given import Given, read_messages
+from kvpersist.agents.runs.model_messages import STYLES, Style, model_messages
+from kvpersist.agents.runs.streams import StoredStream, StoredTurn
 from kvpersist.errors import BadOption, BadRequest
 
 if TYPE_CHECKING:

@@ -24,11 +24,11 @@ from uuid import UUID
 
 import msgspec
 
-from kvpersist.agents.collections import Collections
-from kvpersist.agents.items import EditCall, ReplaceCalls, Rewritten
-from kvpersist.agents.ordered import OrderedTurns
+from kvpersist.agents.conversations.collections import Collections
+from kvpersist.agents.conversations.items import EditCall, ReplaceCalls, Rewritten
+from kvpersist.agents.conversations.ordered import OrderedTurns
+from kvpersist.agents.conversations.turns import Turns
 from kvpersist.agents.records import Approval, AuditEntry, ToolCall, ToolCallState, utc
-from kvpersist.agents.turns import Turns
 from kvpersist.errors import BadRequest, BadTransition, UniqueConflict
 
 __all__ = ["TRANSITIONS", "CallStates", "state_named"]

@@ -8,13 +8,13 @@ from uuid import UUID
 import msgspec
 
 from kvpersist import keys
-from kvpersist.agents.collections import Collections
-from kvpersist.agents.items import asked_of
-from kvpersist.agents.making import Making, new_session
-from kvpersist.agents.ordered import OrderedTurns
+from kvpersist.agents.conversations.collections import Collections
+from kvpersist.agents.conversations.items import asked_of
+from kvpersist.agents.conversations.making import Making, new_session
+from kvpersist.agents.conversations.ordered import OrderedTurns
+from kvpersist.agents.conversations.rewrites import number_of
+from kvpersist.agents.conversations.turns import Turns
 from kvpersist.agents.records import Message, Session, ToolCall, new_id
-from kvpersist.agents.rewrites import number_of
-from kvpersist.agents.turns import Turns
 from kvpersist.errors import BadRequest, ParentGone
 from kvpersist.index.reads import decoded
 from kvpersist.index.writer import live

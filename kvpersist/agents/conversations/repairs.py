@@ -23,11 +23,11 @@ from uuid import UUID
 import msgspec
 
 from kvpersist import keys
-from kvpersist.agents.collections import Collections
-from kvpersist.agents.items import Replace, Rewritten
-from kvpersist.agents.ordered import OrderedTurns
+from kvpersist.agents.conversations.collections import Collections
+from kvpersist.agents.conversations.items import Replace, Rewritten
+from kvpersist.agents.conversations.ordered import OrderedTurns
+from kvpersist.agents.conversations.turns import Turns
 from kvpersist.agents.records import Message, ToolCall
-from kvpersist.agents.turns import Turns
 from kvpersist.errors import BadRequest, ParentGone
 from kvpersist.index.reads import decoded
 
@@ -49,7 +49,7 @@ class Problem(msgspec.Struct, frozen=True):
     """Something a model would refuse.
 
     Attributes:
-        kind: see `kvpersist.agents.repairs`.
+        kind: see `kvpersist.agents.conversations.repairs`.
         number: of the message with the call, or of the tool message.
         call_id: whose.
         position: of the call in its message; None for a result.

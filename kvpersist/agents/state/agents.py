@@ -14,11 +14,11 @@ from uuid import UUID
 import msgspec
 
 from kvpersist import keys
-from kvpersist.agents.agent_forks import AgentForks
+from kvpersist.agents.conversations.sessions import Sessions
 from kvpersist.agents.family import Family, Parents
 from kvpersist.agents.records import SessionStat
-from kvpersist.agents.sessions import Sessions
-from kvpersist.agents.snapshots import Bookmark, Snapshots, marked
+from kvpersist.agents.state.forks import AgentForks
+from kvpersist.agents.state.snapshots import Bookmark, Snapshots, marked
 from kvpersist.driver import Op
 from kvpersist.errors import BadRequest, KeyTooLong, ParentGone
 from kvpersist.index import Index, between

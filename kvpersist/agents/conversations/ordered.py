@@ -16,8 +16,8 @@ from typing import Any, Final, TypeVar, cast
 import msgspec
 
 from kvpersist import keys
-from kvpersist.agents.collections import Collections
-from kvpersist.agents.items import (
+from kvpersist.agents.conversations.collections import Collections
+from kvpersist.agents.conversations.items import (
     Begin,
     Edit,
     EditCall,
@@ -41,10 +41,17 @@ from kvpersist.agents.items import (
     unanswered,
     weight,
 )
+from kvpersist.agents.conversations.rewriting import (
+    StoredCall,
+    StoredMessage,
+    doomed,
+    followers,
+    planned,
+    planned_calls,
+)
+from kvpersist.agents.conversations.stat import Draft, Parent, Stat
+from kvpersist.agents.conversations.turns import EXACT
 from kvpersist.agents.records import Message, Session, ToolCall
-from kvpersist.agents.rewriting import StoredCall, StoredMessage, doomed, followers, planned, planned_calls
-from kvpersist.agents.stat import Draft, Parent, Stat
-from kvpersist.agents.turns import EXACT
 from kvpersist.driver import ABSENT, Check, Delete, Entry, Op, Put
 from kvpersist.errors import CommitUnknown, Conflict, KvError, ParentGone, UniqueConflict
 from kvpersist.funnel import Built, Funnel

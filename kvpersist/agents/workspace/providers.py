@@ -13,7 +13,7 @@ import msgspec
 from kvpersist import keys
 from kvpersist.agents.family import Belongs, Births, Family, Records, checks_of
 from kvpersist.agents.records import new_id
-from kvpersist.agents.secrets import Secrets, checked_reference
+from kvpersist.agents.workspace.secrets import Secrets, checked_reference
 from kvpersist.driver import Check, Entry, Put
 from kvpersist.errors import BadRequest, Conflict, UniqueConflict
 from kvpersist.index import Index

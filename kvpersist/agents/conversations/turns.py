@@ -2,7 +2,7 @@
 
 One batch per turn, through one funnel per session. It carries checks of the session's birth key and
 of the definitions its index entries were made by, the new stat on condition of the old one, and
-what the items of the round need. `kvpersist.agents.ordered` serves the other backends.
+what the items of the round need. `kvpersist.agents.conversations.ordered` serves the other backends.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, Final, TypeVar, cast
 import msgspec
 
 from kvpersist import keys
-from kvpersist.agents.collections import Collections
-from kvpersist.agents.items import (
+from kvpersist.agents.conversations.collections import Collections
+from kvpersist.agents.conversations.items import (
     Begin,
     Edit,
     EditCall,
@@ -40,9 +40,16 @@ from kvpersist.agents.items import (
     unanswered,
     weight,
 )
+from kvpersist.agents.conversations.rewriting import (
+    StoredCall,
+    StoredMessage,
+    doomed,
+    followers,
+    planned,
+    planned_calls,
+)
+from kvpersist.agents.conversations.stat import Draft, Parent, Stat
 from kvpersist.agents.records import Message, Session, ToolCall
-from kvpersist.agents.rewriting import StoredCall, StoredMessage, doomed, followers, planned, planned_calls
-from kvpersist.agents.stat import Draft, Parent, Stat
 from kvpersist.driver import ABSENT, Check, Delete, Entry, Op, Put
 from kvpersist.errors import Conflict, CorruptRecord, KvError, ParentGone, UniqueConflict
 from kvpersist.funnel import Built, Funnel

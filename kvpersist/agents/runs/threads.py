@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 from uuid import UUID
 
-from kvpersist.agents.ensure import default_title, ensure_session
-from kvpersist.agents.given import Given
-from kvpersist.agents.middleware import PersistenceMiddleware
-from kvpersist.agents.model_messages import Style, model_messages, system_text
 from kvpersist.agents.records import Message, Session
-from kvpersist.agents.runs import StoredAgent
+from kvpersist.agents.runs.ensure import default_title, ensure_session
+from kvpersist.agents.runs.given import Given
+from kvpersist.agents.runs.middleware import PersistenceMiddleware
+from kvpersist.agents.runs.model_messages import Style, model_messages, system_text
+from kvpersist.agents.runs.runs import StoredAgent
 from kvpersist.errors import BadOption, BadRequest
 
 if TYPE_CHECKING:

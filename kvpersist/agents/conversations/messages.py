@@ -8,15 +8,15 @@ from typing import Any, Final
 from uuid import UUID
 
 from kvpersist import keys
-from kvpersist.agents.collections import Collections
-from kvpersist.agents.finders import MessageFinder, SessionFinder
-from kvpersist.agents.items import Edit, Remove, Rewritten, Turn, checked
-from kvpersist.agents.ordered import OrderedTurns
-from kvpersist.agents.queries import SCANNED, Asked, Found
+from kvpersist.agents.conversations.collections import Collections
+from kvpersist.agents.conversations.items import Edit, Remove, Rewritten, Turn, checked
+from kvpersist.agents.conversations.ordered import OrderedTurns
+from kvpersist.agents.conversations.repairs import Repairs
+from kvpersist.agents.conversations.rewrites import Rewrites
+from kvpersist.agents.conversations.turns import Turns
+from kvpersist.agents.finding.finders import MessageFinder, SessionFinder
+from kvpersist.agents.finding.queries import SCANNED, Asked, Found
 from kvpersist.agents.records import Message
-from kvpersist.agents.repairs import Repairs
-from kvpersist.agents.rewrites import Rewrites
-from kvpersist.agents.turns import Turns
 from kvpersist.driver import Entry
 from kvpersist.errors import BadRequest, KvError, PartlyDone
 from kvpersist.index import at_least
@@ -114,7 +114,7 @@ class Messages(Rewrites, Repairs):
 
         Args:
             repair: as a model takes them: each call with its answer behind it, and no other answers. What
-                is stored stays as it is; `kvpersist.agents.repairs` says what is done to broken turns.
+                is stored stays as it is; `kvpersist.agents.conversations.repairs` says what is done to broken turns.
         """
         found = (await self.range(session_id, limit=n, reverse=True))[::-1]
         return await self._fit(str(session_id), found) if repair else found

@@ -91,11 +91,11 @@ class Rewrites:
         """Make a session's messages the given ones, writing only what differs; return them as stored.
 
         A given message is one that is stored if it has its id, or, without an id, the same in all other
-        fields (its time only where it gives one). The longest beginning of the given list that is stored, in this order,
-        stays as it is, with its numbers; one of it whose content changed is written in place. What
-        follows is appended under new numbers, and what else was stored is deleted. So an unchanged
-        beginning with new messages behind it costs the new messages. (Reading costs one range read of
-        the session.) A call keeps its state and history where its message is appended again.
+        fields (its time only where it gives one). The longest beginning of the given list that is
+        stored, in this order, stays as it is, with its numbers; one of it whose content changed is
+        written in place. What follows is appended under new numbers, and what else was stored is
+        deleted. So an unchanged beginning with new messages behind it costs the new messages. (Reading
+        costs one range read of the session.) A call keeps its state and history where its message is appended again.
 
         Raises:
             BadRequest, Unencodable, UniqueConflict, ParentGone: as for `append_many`; nothing was changed,

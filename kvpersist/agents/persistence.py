@@ -14,25 +14,25 @@ from uuid import UUID
 from msgspec import UNSET, UnsetType
 
 from kvpersist import keys
+from kvpersist.agents.births import Belongs, Family
 from kvpersist.agents.checking import Checker, Consistency
+from kvpersist.agents.collections import Collections
 from kvpersist.agents.content import text_index as words_index
-from kvpersist.agents.conversations.collections import Collections
 from kvpersist.agents.conversations.confirmations import Confirmations
 from kvpersist.agents.conversations.making import finish_makings
 from kvpersist.agents.conversations.messages import Messages
 from kvpersist.agents.conversations.ordered import OrderedTurns
 from kvpersist.agents.conversations.sessions import Sessions
-from kvpersist.agents.conversations.stat import tool_stats
 from kvpersist.agents.conversations.tool_calls import ToolCalls
 from kvpersist.agents.conversations.traces import Traces
 from kvpersist.agents.conversations.turns import Turns
-from kvpersist.agents.family import Belongs, Family
-from kvpersist.agents.finding.finders import SESSION_INDEXES
+from kvpersist.agents.finding.sessions import SESSION_INDEXES
 from kvpersist.agents.health import Health, Totals, health_of, size_of
 from kvpersist.agents.placement import Beside, Placement, events_of
 from kvpersist.agents.records import Message, Session, Stats, TimelineItem, ToolCall
 from kvpersist.agents.runs.streams import Ending
 from kvpersist.agents.runs.threads import ThreadManager
+from kvpersist.agents.stat import tool_stats
 from kvpersist.agents.state.agents import AgentParents, Agents
 from kvpersist.agents.state.forks import AgentForks, topic_cascade
 from kvpersist.agents.state.history import Compressions, RecoveredFiles, Windows

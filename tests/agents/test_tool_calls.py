@@ -12,8 +12,8 @@ import pytest
 
 import kvpersist
 from kvpersist import Index, Message, ToolCall, ToolCallPart
-from kvpersist.agents.conversations.stat import UNANSWERED
 from kvpersist.agents.persistence import Persistence
+from kvpersist.agents.stat import UNANSWERED
 from kvpersist.errors import ParentGone, Unencodable, UniqueConflict
 from kvpersist.testing import ManualClock
 

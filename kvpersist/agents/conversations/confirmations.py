@@ -9,7 +9,8 @@ from uuid import UUID
 
 import msgspec
 
-from kvpersist.agents.family import Belongs, Births, Family, Records
+from kvpersist.agents.births import Belongs, Births, Family
+from kvpersist.agents.family import Records
 from kvpersist.index import Index
 from kvpersist.repository import Page
 

@@ -8,7 +8,7 @@ from uuid import UUID
 import msgspec
 
 from kvpersist import keys
-from kvpersist.agents.conversations.collections import Collections
+from kvpersist.agents.collections import Collections
 from kvpersist.agents.conversations.items import asked_of
 from kvpersist.agents.conversations.making import Making, new_session
 from kvpersist.agents.conversations.ordered import OrderedTurns

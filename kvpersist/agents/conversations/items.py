@@ -9,8 +9,8 @@ from typing import Any, Final, NamedTuple, cast
 
 import msgspec
 
-from kvpersist.agents.conversations.stat import Draft
 from kvpersist.agents.records import ROLES, AuditEntry, Message, Session, ToolCall, new_id, utc
+from kvpersist.agents.stat import Draft
 from kvpersist.codec import RecordCodec
 from kvpersist.driver import Check, Entry
 from kvpersist.errors import BadRequest

@@ -10,12 +10,13 @@ from uuid import UUID
 import msgspec
 
 from kvpersist import keys
-from kvpersist.agents.conversations.collections import Collections
+from kvpersist.agents.collections import Collections
 from kvpersist.agents.conversations.items import Kill, Remove, Rewritten
 from kvpersist.agents.conversations.ordered import OrderedTurns
 from kvpersist.agents.conversations.rewrites import LONGEST, cutoff
-from kvpersist.agents.conversations.turns import EXACT, Turns
+from kvpersist.agents.conversations.turns import Turns
 from kvpersist.agents.records import Session, new_id
+from kvpersist.agents.stat import EXACT
 from kvpersist.driver import ABSENT, Delete, Entry, Op, Put
 from kvpersist.errors import BadRequest, Conflict, ParentGone, UniqueConflict
 from kvpersist.index.writer import live

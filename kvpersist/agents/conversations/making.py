@@ -16,12 +16,13 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from kvpersist import keys
-from kvpersist.agents.conversations.collections import Collections
-from kvpersist.agents.conversations.ordered import OrderedTurns, ordered_writer
-from kvpersist.agents.conversations.stat import Draft, Parent, Stat
-from kvpersist.agents.conversations.turns import Turns, atomic_writer
+from kvpersist.agents.collections import Collections
+from kvpersist.agents.conversations.ordered import OrderedTurns
+from kvpersist.agents.conversations.turns import Turns
 from kvpersist.agents.deletion import PENDING
 from kvpersist.agents.records import Message, Session, ToolCall, new_id, utc
+from kvpersist.agents.stat import Draft, Parent, Stat
+from kvpersist.agents.writers import atomic_writer, ordered_writer
 from kvpersist.driver import ABSENT, Check, Delete, Entry, Op, Put
 from kvpersist.errors import BadRequest, Conflict, KeyTooLong, UniqueConflict
 from kvpersist.index.atomic_writer import IndexOps

@@ -8,14 +8,15 @@ from typing import Any, Final
 from uuid import UUID
 
 from kvpersist import keys
-from kvpersist.agents.conversations.collections import Collections
+from kvpersist.agents.collections import Collections
 from kvpersist.agents.conversations.items import Edit, Remove, Rewritten, Turn, checked
 from kvpersist.agents.conversations.ordered import OrderedTurns
 from kvpersist.agents.conversations.repairs import Repairs
 from kvpersist.agents.conversations.rewrites import Rewrites
 from kvpersist.agents.conversations.turns import Turns
-from kvpersist.agents.finding.finders import MessageFinder, SessionFinder
+from kvpersist.agents.finding.messages import MessageFinder
 from kvpersist.agents.finding.queries import SCANNED, Asked, Found
+from kvpersist.agents.finding.sessions import SessionFinder
 from kvpersist.agents.records import Message
 from kvpersist.driver import Entry
 from kvpersist.errors import BadRequest, KvError, PartlyDone

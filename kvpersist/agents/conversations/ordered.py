@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar, cast
 import msgspec
 
 from kvpersist import keys
-from kvpersist.agents.conversations.collections import Collections
+from kvpersist.agents.collections import Collections
 from kvpersist.agents.conversations.items import (
     Begin,
     Edit,
@@ -49,18 +49,17 @@ from kvpersist.agents.conversations.rewriting import (
     planned,
     planned_calls,
 )
-from kvpersist.agents.conversations.stat import Draft, Parent, Stat
-from kvpersist.agents.conversations.turns import EXACT
 from kvpersist.agents.records import Message, Session, ToolCall
+from kvpersist.agents.stat import EXACT, Draft, Parent, Stat
+from kvpersist.agents.writers import ordered_writer
 from kvpersist.driver import ABSENT, Check, Delete, Entry, Op, Put
 from kvpersist.errors import CommitUnknown, Conflict, KvError, ParentGone, UniqueConflict
 from kvpersist.funnel import Built, Funnel
 from kvpersist.index.ordered_writer import OrderedWriter
 from kvpersist.index.writer import live
 from kvpersist.log import after_stat
-from kvpersist.repository import Repository
 
-__all__ = ["OrderedTurns", "Recount", "ordered_writer"]
+__all__ = ["OrderedTurns", "Recount"]
 
 R = TypeVar("R")
 
@@ -589,8 +588,3 @@ def _partly(item: Any, error: KvError) -> KvError:
     unknown = CommitUnknown(what, f"the first {len(item.stored)} of {len(what)} messages stand: {error}")
     unknown.__cause__ = error
     return unknown
-
-
-def ordered_writer(repository: Repository[R]) -> OrderedWriter[R]:
-    """How a repository writes on a backend without atomic batches."""
-    return cast("OrderedWriter[R]", repository._writer)

@@ -23,7 +23,7 @@ from uuid import UUID
 import msgspec
 
 from kvpersist import keys
-from kvpersist.agents.conversations.collections import Collections
+from kvpersist.agents.collections import Collections
 from kvpersist.agents.conversations.items import Replace, Rewritten
 from kvpersist.agents.conversations.ordered import OrderedTurns
 from kvpersist.agents.conversations.turns import Turns

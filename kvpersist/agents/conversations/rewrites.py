@@ -14,7 +14,7 @@ from typing import Final
 from uuid import UUID
 
 from kvpersist import keys
-from kvpersist.agents.conversations.collections import Collections
+from kvpersist.agents.collections import Collections
 from kvpersist.agents.conversations.items import Remove, Replace, Rewritten, Turn, checked
 from kvpersist.agents.conversations.ordered import OrderedTurns
 from kvpersist.agents.conversations.turns import Turns

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from kvpersist import keys
-from kvpersist.agents.conversations.collections import Collections
+from kvpersist.agents.collections import Collections
 from kvpersist.agents.conversations.items import FIXED, Remove, Replace, ReplaceCalls, checked
 from kvpersist.agents.records import Message, ToolCall
 from kvpersist.codec import RecordCodec

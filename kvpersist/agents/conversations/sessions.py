@@ -9,20 +9,20 @@ from uuid import UUID
 import msgspec
 
 from kvpersist import keys
-from kvpersist.agents.conversations.collections import Collections
+from kvpersist.agents.births import Belongs
+from kvpersist.agents.collections import Collections
 from kvpersist.agents.conversations.forks import Forks
 from kvpersist.agents.conversations.items import EditSession, Kill
 from kvpersist.agents.conversations.lifecycle import Lifecycle
 from kvpersist.agents.conversations.making import new_session
 from kvpersist.agents.conversations.ordered import OrderedTurns
-from kvpersist.agents.conversations.stat import Parent, Stat
 from kvpersist.agents.conversations.transfer import Transfers
 from kvpersist.agents.conversations.turns import Turns
 from kvpersist.agents.deletion import Cascade, belonging
-from kvpersist.agents.family import Belongs
-from kvpersist.agents.finding.finders import SESSION_ORDERS, SessionFinder
 from kvpersist.agents.finding.queries import SCANNED, Asked
+from kvpersist.agents.finding.sessions import SESSION_ORDERS, SessionFinder
 from kvpersist.agents.records import Session, SessionStat
+from kvpersist.agents.stat import Parent, Stat
 from kvpersist.driver import ABSENT, Check, Op, Put
 from kvpersist.errors import BadRequest, ParentGone
 from kvpersist.index.reads import OnCorrupt

@@ -8,13 +8,13 @@ from typing import Any
 from uuid import UUID
 
 from kvpersist import keys
+from kvpersist.agents.collections import Collections
 from kvpersist.agents.conversations.approvals import CallStates
-from kvpersist.agents.conversations.collections import Collections
 from kvpersist.agents.conversations.items import Begin, End
 from kvpersist.agents.conversations.messages import Messages
 from kvpersist.agents.conversations.ordered import OrderedTurns
 from kvpersist.agents.conversations.turns import Turns
-from kvpersist.agents.finding.finders import CallFinder
+from kvpersist.agents.finding.calls import CallFinder
 from kvpersist.agents.finding.queries import SCANNED, Asked
 from kvpersist.agents.records import ToolCall, new_id
 from kvpersist.errors import BadRequest

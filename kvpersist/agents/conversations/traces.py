@@ -10,7 +10,8 @@ from uuid import UUID
 
 import msgspec
 
-from kvpersist.agents.family import Belongs, Births, Family, Records
+from kvpersist.agents.births import Belongs, Births, Family
+from kvpersist.agents.family import Records
 from kvpersist.agents.records import utc
 from kvpersist.errors import BadRequest, NoIndex
 from kvpersist.index import Index

@@ -23,8 +23,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from kvpersist import keys
+from kvpersist.agents.collections import Collections
 from kvpersist.agents.conversations.approvals import state_named
-from kvpersist.agents.conversations.collections import Collections
 from kvpersist.agents.conversations.confirmations import Confirmation
 from kvpersist.agents.conversations.items import answered, asked_call, checked
 from kvpersist.agents.conversations.making import Making, new_session
@@ -68,7 +68,7 @@ class Transfers:
         async def get(self, id: str | UUID) -> Session | None: ...
 
     async def export(self, session_id: str | UUID, *, user_id: str | None = None) -> dict[str, Any]:
-        """Return a session and all that belongs to it as a JSON value; `kvpersist.agents.conversations.transfer` has its shape.
+        """Return a session and all that belongs to it as a JSON value; this module's text has its shape.
 
         Args:
             user_id: whose session it has to be.

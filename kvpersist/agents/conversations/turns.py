@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import timedelta
 from itertools import islice
 from typing import Any, Final, TypeVar, cast
 
 import msgspec
 
 from kvpersist import keys
-from kvpersist.agents.conversations.collections import Collections
+from kvpersist.agents.collections import Collections
 from kvpersist.agents.conversations.items import (
     Begin,
     Edit,
@@ -48,8 +47,9 @@ from kvpersist.agents.conversations.rewriting import (
     planned,
     planned_calls,
 )
-from kvpersist.agents.conversations.stat import Draft, Parent, Stat
 from kvpersist.agents.records import Message, Session, ToolCall
+from kvpersist.agents.stat import EXACT, Draft, Parent, Stat
+from kvpersist.agents.writers import atomic_writer
 from kvpersist.driver import ABSENT, Check, Delete, Entry, Op, Put
 from kvpersist.errors import Conflict, CorruptRecord, KvError, ParentGone, UniqueConflict
 from kvpersist.funnel import Built, Funnel
@@ -59,12 +59,9 @@ from kvpersist.index.writer import version_of
 from kvpersist.log import after_stat
 from kvpersist.repository import Repository
 
-__all__ = ["EXACT", "Round", "Turns", "atomic_writer"]
+__all__ = ["Round", "Turns"]
 
 R = TypeVar("R")
-
-EXACT: Final = timedelta(seconds=1)
-"""How far the index `updated` may lie behind."""
 
 _ANY_NUMBER: Final = 1 << 62
 _LARGE: Final = 1 << 13  # bytes of a stored call; a larger one is not remembered until its answer
@@ -556,8 +553,3 @@ def _recorded(message: Message, calls: Sequence[ToolCall]) -> list[ToolCall]:
     """Those of a message's calls that it does not ask for."""
     asked = len(message.tool_calls or ())
     return [call for call in calls if call.position >= asked]
-
-
-def atomic_writer(repository: Repository[R]) -> AtomicWriter[R]:
-    """How a repository writes on a backend with atomic batches."""
-    return cast("AtomicWriter[R]", repository._writer)

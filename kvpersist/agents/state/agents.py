@@ -14,8 +14,9 @@ from uuid import UUID
 import msgspec
 
 from kvpersist import keys
+from kvpersist.agents.births import Family
 from kvpersist.agents.conversations.sessions import Sessions
-from kvpersist.agents.family import Family, Parents
+from kvpersist.agents.family import Parents
 from kvpersist.agents.records import SessionStat
 from kvpersist.agents.state.forks import AgentForks
 from kvpersist.agents.state.snapshots import Bookmark, Snapshots, marked

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 import msgspec
 
-from kvpersist.agents.family import Births, Children, Family
+from kvpersist.agents.births import Births, Family
+from kvpersist.agents.family import Children
 from kvpersist.agents.records import Message, utc
 from kvpersist.errors import BadRequest
 from kvpersist.index import Index

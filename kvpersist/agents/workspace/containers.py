@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from kvpersist.agents.family import Family, Parents
+from kvpersist.agents.births import Family
+from kvpersist.agents.family import Parents
 from kvpersist.index import Index
 
 __all__ = ["Container", "Containers"]

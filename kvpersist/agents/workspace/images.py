@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from kvpersist.agents.family import Belongs, Births, Family, Parents
+from kvpersist.agents.births import Belongs, Births, Family
+from kvpersist.agents.family import Parents
 from kvpersist.index import Index
 
 __all__ = ["Image", "Images"]

@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from kvpersist.agents.family import Family, Records
+from kvpersist.agents.births import Family
+from kvpersist.agents.family import Records
 from kvpersist.agents.records import utc
 from kvpersist.errors import BadRequest
 from kvpersist.index import Index

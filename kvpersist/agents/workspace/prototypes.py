@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from kvpersist.agents.family import Belongs, Births, Family, Records
+from kvpersist.agents.births import Belongs, Births, Family
+from kvpersist.agents.family import Records
 from kvpersist.index import Index
 
 __all__ = ["Prototype", "Prototypes"]

@@ -11,7 +11,8 @@ from uuid import UUID
 import msgspec
 
 from kvpersist import keys
-from kvpersist.agents.family import Belongs, Births, Family, Records, checks_of
+from kvpersist.agents.births import Belongs, Births, Family, checks_of
+from kvpersist.agents.family import Records
 from kvpersist.agents.records import new_id
 from kvpersist.agents.workspace.secrets import Secrets, checked_reference
 from kvpersist.driver import Check, Entry, Put

@@ -35,7 +35,7 @@ from kvpersist import keys
 from kvpersist.agents.births import Belongs, Births, Family, checks_of
 from kvpersist.agents.deletion import Cascade, belonging, remove_page
 from kvpersist.agents.records import new_id, utc
-from kvpersist.agents.writers import atomic_writer, taken
+from kvpersist.agents.writers import atomic_writer, shown, taken
 from kvpersist.driver import ABSENT, Check, Delete, Entry, Op, Put
 from kvpersist.errors import BadRequest, Conflict, ParentGone, UniqueConflict
 from kvpersist.index import Index

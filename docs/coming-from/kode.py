@@ -86,7 +86,7 @@ def their_folder(base: Path, agent_id: str, messages: list[Message]) -> None:
             for part in message.tool_calls or []
         ]
         rows.append({"role": message.role, "content": blocks})
-    call = {"id": "call_1", "name": "look", "input": {}, "state": "SEALED", "createdAt": began, "updatedAt": began}
+    call = {"id": "toolu_1", "name": "look", "input": {}, "state": "SEALED", "createdAt": began, "updatedAt": began}
     event = {"cursor": 1, "bookmark": {"seq": 0, "timestamp": began}, "event": {"type": "done"}}
     todo = {"id": "t1", "title": "Look", "status": "pending", "createdAt": began, "updatedAt": began}
     media = {"key": "k", "provider": "p", "mimeType": "image/png", "sizeBytes": 7, "createdAt": began}
@@ -122,7 +122,7 @@ async def bring_what_is_there(db: Persistence, talk: Session) -> None:
         for new in (1, 0):  # again is no harm
             async with await open_source(f"kode:{folder}") as source:
                 report = await import_from(db, source)
-            assert (report.sessions, report.events, report.problems) == (new, new, [])
+            assert (report.sessions, report.events, report.problems) == (new, new, []), report
             assert report.verified is not None and report.verified.different == []
     assert await db.messages.count(agent_id) == len(messages)
     agent = await db.agents.get(agent_id)
@@ -165,7 +165,7 @@ async def the_list_of_agents(db: Persistence, talk: Session) -> None:
     await db.events.publish(agent.id, "started")
     assert await db.agents.delete(agent.id)  # with everything of it
     assert await db.snapshots.count(agent_id=agent.id) == 0
-    assert agent.id not in [topic async for topic in db.events.topics()]
+    assert agent.id not in await db.events.topics()
     with refused(ParentGone):
         await db.todos.save(agent.id, [Todo(title="Too late")])
 
@@ -269,7 +269,8 @@ async def files_and_media(db: Persistence, talk: Session) -> None:
     assert await db.recovered_files.of(agent.id) == [file]
     assert await db.recovered_files.find(agent_id=agent.id, path="src/../notes.md") == [file]
     media = [
-        Media(key=key, provider="acme", mime_type="image/png", size=7, file_id=f"file-{key}") for key in ("a", "b")
+        Media(key=key, agent_id=agent.id, provider="acme", mime_type="image/png", size=7, file_id=f"file-{key}")
+        for key in ("a", "b")
     ]
     stored = await db.media.replace_all(agent.id, media)
     assert await db.media.of(agent.id) == stored

@@ -240,7 +240,7 @@ async def export_and_import(db: Persistence, talk: Session) -> None:
 # ---- queue
 
 
-@theirs("createQueue", "create_queue", "publish", "subscribe", "close")
+@theirs("createQueue", "create_queue", "publish", "subscribe", "unsubscribe", "close")
 async def publish_and_subscribe(db: Persistence, talk: Session) -> None:
     got: list[EventEntry] = []
     came = asyncio.Event()

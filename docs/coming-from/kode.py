@@ -86,7 +86,14 @@ def their_folder(base: Path, agent_id: str, messages: list[Message]) -> None:
             for part in message.tool_calls or []
         ]
         rows.append({"role": message.role, "content": blocks})
-    call = {"id": "toolu_1", "name": "look", "input": {}, "state": "SEALED", "createdAt": began, "updatedAt": began}
+    call: dict[str, Any] = {
+        "id": "toolu_1",
+        "name": "look",
+        "input": {},
+        "state": "SEALED",
+        "createdAt": began,
+        "updatedAt": began,
+    }
     event = {"cursor": 1, "bookmark": {"seq": 0, "timestamp": began}, "event": {"type": "done"}}
     todo = {"id": "t1", "title": "Look", "status": "pending", "createdAt": began, "updatedAt": began}
     media = {"key": "k", "provider": "p", "mimeType": "image/png", "sizeBytes": 7, "createdAt": began}

@@ -39,7 +39,8 @@ DAY = timedelta(days=1)
 
 @theirs("create_database", "createDatabase", "close")
 async def open_and_close(db: Persistence, talk: Session) -> None:
-    other = await kvpersist.open("memory://")
+    where = "memory://"  # or "postgresql://host/db?kv.pool_max=20&kv.ssl=true"
+    other = await kvpersist.open(where)
     assert await other.sessions.count() == 0
     await other.close()
     await other.close()  # again is no harm
@@ -340,9 +341,7 @@ async def streaming_agent(message: str, history: list[dict[str, Any]]) -> AsyncI
 
 @theirs("withStorage")
 async def run_an_agent(db: Persistence, talk: Session) -> None:
-    stored = with_storage(
-        agent, db, auto_save=True, auto_load_history=True, max_history_messages=50, agent_id="waiter"
-    )
+    stored = with_storage(agent, db, auto_save=True, auto_load_history=True, max_history_messages=50, agent_id="waiter")
     turn = await stored.turn("Tea", user_id=talk.user_id)  # a new thread
     thread = await db.sessions.get(turn.thread_id)
     assert thread is not None and str(thread.title).startswith("Conversation ")
@@ -385,7 +384,7 @@ async def manage_threads(db: Persistence, talk: Session) -> None:
     assert not await db.threads.delete(thread.id)
 
 
-@theirs("loadContext", "toLLMMessages", "forkThread")
+@theirs("loadContext", "toLLMMessages", "summary", "forkThread")
 async def load_a_context(db: Persistence, talk: Session) -> None:
     context = await db.threads.load_context(talk.id, message_limit=50, include_tool_messages=True)
     assert context.messages == await db.messages.last(talk.id, 50)

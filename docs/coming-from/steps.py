@@ -61,7 +61,10 @@ async def _run(system: str, url: str, data: Path) -> None:
         before = await db.stats()
         report = await import_chats(db, data)
         stats = await db.stats()
-        assert (stats.sessions, stats.messages) == (before.sessions + report.sessions, before.messages + report.messages)
+        assert (stats.sessions, stats.messages) == (
+            before.sessions + report.sessions,
+            before.messages + report.messages,
+        )
         assert (await import_chats(db, data)).present == report.sessions + report.completed + report.present
         assert report.first is not None, f"{data} holds no conversation"
         print(f"conversations new here: {report.sessions}, messages: {report.messages}")

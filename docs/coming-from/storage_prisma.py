@@ -85,7 +85,7 @@ def their_database(folder: str, talk: Session, messages: list[Message]) -> Path:
     return path
 
 
-@theirs("migrate")
+@theirs("agent_sessions", "agent_messages", "agent_tool_calls")
 async def bring_what_is_there(db: Persistence, talk: Session) -> None:
     messages = [message for message in await db.messages.range(talk.id) if message.role != "tool"]
     calls = sum(len(message.tool_calls or []) for message in messages)
@@ -133,6 +133,7 @@ async def query_sessions(db: Persistence, talk: Session) -> None:
     await db.sessions.close(talk.id)
     closed = [session.id async for session in db.sessions.iterate(user_id=talk.user_id, active=False)]
     assert closed == [talk.id]
+    assert [session.id for session in await db.sessions.find(active=False, scan=True, limit=1)] == [talk.id]
 
 
 @theirs("updateSessionMetadata")
@@ -230,7 +231,11 @@ async def query_tool_calls(db: Persistence, talk: Session) -> None:
     newest_first = await db.tool_calls.find(session_id=talk.id)
     assert len(newest_first) == len(calls) > 0
     now = datetime.now(UTC)
-    where: dict[str, Any] = {"session_id": talk.id, "name": calls[0].name, "created": between(now - 9999 * DAY, now + DAY)}
+    where: dict[str, Any] = {
+        "session_id": talk.id,
+        "name": calls[0].name,
+        "created": between(now - 9999 * DAY, now + DAY),
+    }
     good = [call for call in newest_first if call.name == calls[0].name and call.is_error is False]
     assert await db.tool_calls.find(**where, success=True) == good
     assert await db.tool_calls.find(**where, success=True, limit=1) == good[:1]  # the limit comes after the filter
@@ -282,6 +287,9 @@ async def manage_sessions(db: Persistence, talk: Session) -> None:
     default = await db.threads.get_or_create("default")
     assert await db.threads.get_or_create("default") == default
     assert not await db.sessions.exists("nobody's")
+    data = await db.sessions.export(talk.id)  # out of a store in memory, before the program ends
+    async with kvpersist.open("memory://") as other:
+        assert (await other.sessions.import_(data, new_ids=False)).id == talk.id
 
 
 @theirs("SessionManager.clearSession", "SessionManager.updateMetadata")

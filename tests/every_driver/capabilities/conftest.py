@@ -1,7 +1,8 @@
 """What others keep is shown on the eight drivers that agents are kept on, by the same calls on each.
 
 A test names the rows of the checked list that it shows: ``@pytest.mark.shows(row, ...)``, and
-``tests/docs/make_checked_list.py`` makes the page of them. A module opens each store once; the ids of a test are its own.
+``tests/docs/make_checked_list.py`` makes the page of them.
+A module opens each store once; the ids of a test are its own.
 """
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ from kvpersist.agents.persistence import Persistence
 EIGHT: Final = ("memory", "sqlite", "filesystem", "s3", "redis", "mongo", "postgres", "mysql")
 
 
-@pytest.fixture(
-    scope="module", params=[place for place in PLACES if place.name in EIGHT], ids=lambda place: place.name
-)
+@pytest.fixture(scope="module", params=[place for place in PLACES if place.name in EIGHT], ids=lambda place: place.name)
 def place(request: pytest.FixtureRequest) -> Place:
     return request.param
 

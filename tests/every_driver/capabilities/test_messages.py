@@ -132,7 +132,9 @@ async def test_messages_are_found_by_what_they_are(db: Persistence) -> None:
     assert sorted(each.number for each in found) == [1, 4]
 
 
-@pytest.mark.shows("Tool calls are kept with the message that asks for them", "Find tool calls by name, outcome and time")
+@pytest.mark.shows(
+    "Tool calls are kept with the message that asks for them", "Find tool calls by name, outcome and time"
+)
 async def test_calls_are_kept_with_their_message_and_found(db: Persistence) -> None:
     await db.sessions.create(id="calls", user_id="caller")
     await db.messages.append_many(
@@ -162,7 +164,9 @@ async def test_calls_are_kept_with_their_message_and_found(db: Persistence) -> N
     assert [len(item.tool_calls) for item in timeline] == [2, 0, 0]
 
 
-@pytest.mark.shows("Tool calls that a person allows, and what a session waits for", "Find tool calls by state and approval")
+@pytest.mark.shows(
+    "Tool calls that a person allows, and what a session waits for", "Find tool calls by state and approval"
+)
 async def test_a_call_waits_for_a_person_and_is_accounted_for(db: Persistence) -> None:
     await db.sessions.create(id="ask")
     asked = await db.messages.append("ask", Message("assistant", tool_calls=[ToolCallPart("c", "delete", {})]))

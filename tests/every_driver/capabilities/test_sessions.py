@@ -140,9 +140,11 @@ async def test_a_container_takes_all_that_is_its_own_along(db: Persistence) -> N
     assert [each.id for each in await db.images.find(container_id="mine")] == ["mine-image"]
     assert await db.containers.delete("mine") is True
 
-    assert [await db.containers.get("mine"), await db.images.get("mine-image"), await db.sessions.get("mine-session")] == [
-        None
-    ] * 3
+    assert [
+        await db.containers.get("mine"),
+        await db.images.get("mine-image"),
+        await db.sessions.get("mine-session"),
+    ] == [None] * 3
     assert await db.messages.range("mine-session") == []
     assert await _said(db, "yours-session") == ["hi"]
     keys = [key async for key in db.store.keys("kv:")]
@@ -164,4 +166,3 @@ async def test_a_session_moves_as_json(db: Persistence) -> None:
 
 async def _said(db: Persistence, session_id: str) -> list[str]:
     return [message.content async for message in db.messages.iterate(session_id)]
-

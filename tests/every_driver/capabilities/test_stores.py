@@ -11,7 +11,7 @@ from places import Place, Where
 import kvpersist
 from kvpersist import Locked, Message, Todo
 from kvpersist.agents.persistence import Persistence
-from kvpersist.errors import StoreClosed, Unsupported
+from kvpersist.errors import BadRequest, StoreClosed, Unsupported
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
@@ -131,11 +131,15 @@ async def test_several_writes_are_one_or_are_refused(db: Persistence) -> None:
     else:
         await both()
         assert [await notes.get("a"), await notes.get("b")] == [Note("a", "1"), Note("b", "2")]
-    with pytest.raises(RuntimeError, match="no"):
-        async with db.atomic() as tx:
-            await notes.put(Note("c", "3"), tx=tx)
-            raise RuntimeError("no")
-    assert await notes.get("c") is None
+        with pytest.raises(RuntimeError, match="no"):
+            async with db.atomic() as tx:
+                await notes.put(Note("c", "3"), tx=tx)
+                raise RuntimeError("no")
+        assert await notes.get("c") is None
+    await db.sessions.create(id="turn")
+    with pytest.raises(BadRequest):
+        await db.messages.append_many("turn", [Message("user", "good"), Message("nobody", "bad")])
+    assert await db.messages.count("turn") == 0
 
 
 @pytest.mark.shows("Everything of one store into another, of any kind", "advice: from memory to a database")

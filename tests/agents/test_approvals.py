@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 import kvpersist
 from kvpersist import Message, ToolCall, ToolCallPart
-from kvpersist.agents.approvals import TRANSITIONS
+from kvpersist.agents.conversations.approvals import TRANSITIONS
 from kvpersist.agents.persistence import Persistence
 from kvpersist.agents.records import TOOL_CALL_STATES
 from kvpersist.codec import JSON, MSGPACK, frame

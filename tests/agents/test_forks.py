@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 import kvpersist
 from kvpersist import Index, Message, ToolCallPart
-from kvpersist.agents import making
+from kvpersist.agents.conversations import making
 from kvpersist.agents.persistence import Persistence
 from kvpersist.errors import BadRequest, ParentGone, UniqueConflict
 from kvpersist.testing import ManualClock

@@ -75,11 +75,11 @@ async def test_owners_that_are_not_set_take_no_room(db: Persistence, driver: Any
 
 
 async def test_an_edit_moves_a_session_between_owners(db: Persistence, sound: Sound) -> None:
-    await db.sessions.create(id="s", agent_id="a", image_id="i")
+    await db.sessions.create(id="s", agent_id="a", template_id="i")
 
-    await db.sessions.update("s", lambda s: msgspec.structs.replace(s, agent_id="b", image_id=None))
+    await db.sessions.update("s", lambda s: msgspec.structs.replace(s, agent_id="b", template_id=None))
 
-    assert await db.sessions.find(agent_id="a") == await db.sessions.find(image_id="i") == []
+    assert await db.sessions.find(agent_id="a") == await db.sessions.find(template_id="i") == []
     assert [session.id for session in await db.sessions.find(agent_id="b")] == ["s"]
     await sound(db)
 

@@ -98,7 +98,7 @@ async def test_blocks_of_every_kind_come_back_as_they_were(db: Persistence) -> N
     "Find messages by text",
     "Find messages by metadata",
     "Find messages by the kind of their content",
-    "advice: filter by time",
+    "Long lists are narrowed by time",
 )
 async def test_messages_are_found_by_what_they_are(db: Persistence) -> None:
     await db.sessions.create(id="find", user_id="finder")
@@ -211,7 +211,8 @@ async def test_what_there_is_is_counted_without_reading_it(db: Persistence) -> N
 
 
 @pytest.mark.shows(
-    "Many append to one conversation at once, and nothing is lost", "advice: several writers at once are expected"
+    "Many append to one conversation at once, and nothing is lost",
+    "Several writers at once lose nothing: by versions, or by writing whole records",
 )
 async def test_turns_of_many_tasks_are_all_there_without_gaps(db: Persistence) -> None:
     await db.sessions.create(id="crowd")

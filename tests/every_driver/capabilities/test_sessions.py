@@ -99,7 +99,7 @@ async def test_sessions_are_listed_by_owner_time_and_prefix(db: Persistence) -> 
     assert len(await sessions.find(user_id="bob", updated=at_least(LONG_AGO), order="-updated_at")) == 3
 
 
-@pytest.mark.shows("Old conversations deleted by age", "advice: delete old inactive conversations")
+@pytest.mark.shows("Old conversations deleted by age", "Old conversations that nobody uses are deleted")
 async def test_sessions_that_nobody_touched_for_long_are_deleted(where: Where) -> None:
     clock = ManualClock()
     async with kvpersist.open(where, clock=clock, timeout=60) as db:

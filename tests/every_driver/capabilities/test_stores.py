@@ -66,7 +66,7 @@ async def test_a_store_tells_how_it_is_and_what_it_did(db: Persistence) -> None:
     assert "main" in totals.bytes
 
 
-@pytest.mark.shows("Whether records fit together, in all stores", "advice: check, and restore what is damaged")
+@pytest.mark.shows("Whether records fit together, in all stores", "What does not fit together is looked for")
 async def test_what_does_not_fit_together_is_told(db: Persistence) -> None:
     await db.containers.create(id="box")
     await db.images.create(id="picture", container_id="box")
@@ -113,7 +113,7 @@ async def test_one_holds_a_lock_and_others_are_told(db: Persistence) -> None:
 
 @pytest.mark.shows(
     "Several writes as one",
-    "advice: several writes that belong together are one",
+    "Writes that belong together are one transaction",
     "A turn is kept whole, or not at all",
 )
 async def test_several_writes_are_one_or_are_refused(db: Persistence) -> None:
@@ -142,7 +142,7 @@ async def test_several_writes_are_one_or_are_refused(db: Persistence) -> None:
     assert await db.messages.count("turn") == 0
 
 
-@pytest.mark.shows("Everything of one store into another, of any kind", "advice: from memory to a database")
+@pytest.mark.shows("Everything of one store into another, of any kind", "From memory to a database, step by step")
 async def test_all_conversations_move_to_another_store(db: Persistence) -> None:
     async with kvpersist.open("memory://") as memory:
         for n in range(3):

@@ -107,7 +107,7 @@ async def test_messages_are_found_by_what_they_are(db: Persistence) -> None:
     call = [ToolCallPart("c1", "look", {"place": "cupboard"})]
     turn = [
         Message("user", "Is there TEA?", metadata={"topic": {"name": "tea"}}),
-        Message("assistant", tool_calls=call, extra={"responseType": "execute"}),
+        Message("assistant", tool_calls=call, metadata={"response_type": "execute"}),
         Message("tool", "green", tool_call_id="c1"),
         Message("assistant", [{"type": "text", "text": "Green tea."}, {"type": "image", "url": "https://a.example/i"}]),
     ]
@@ -127,7 +127,7 @@ async def test_messages_are_found_by_what_they_are(db: Persistence) -> None:
     assert await numbers(content_type="tool_use") == await numbers(has_tool_calls=True) == [2]
     assert await numbers(content_type="tool_result") == [3]
     assert await numbers(content_type="image") == [4]
-    assert await numbers(**{"extra.responseType": "execute"}) == [2]
+    assert await numbers(metadata={"response_type": "execute"}) == [2]
     across = await db.messages.find(user_id="finder", role="user")
     assert [each.content for each in across] == ["Is there TEA?"]
     found = await db.messages.search("TEA", session_id="find")

@@ -10,32 +10,32 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from kvpersist.agents.agents import Agent, AgentStats
-    from kvpersist.agents.confirmations import Confirmation
-    from kvpersist.agents.containers import Container
-    from kvpersist.agents.history import (
+    from kvpersist.agents.conversations.confirmations import Confirmation
+    from kvpersist.agents.conversations.traces import TokenUsage, Trace
+    from kvpersist.agents.persistence import Persistence
+    from kvpersist.agents.persistence import open as open
+    from kvpersist.agents.records import Message, Session, TimelineItem, ToolCall, ToolCallPart
+    from kvpersist.agents.runs.middleware import PersistenceMiddleware
+    from kvpersist.agents.runs.runs import StoredAgent, continue_thread, stream_continue_thread, with_storage
+    from kvpersist.agents.runs.streams import StoredStream, StoredTurn
+    from kvpersist.agents.runs.threads import ThreadManager
+    from kvpersist.agents.state.agents import Agent, AgentStats
+    from kvpersist.agents.state.history import (
         Compression,
         CompressionConfig,
         HistoryWindow,
         RecoveredFile,
         WindowStats,
     )
-    from kvpersist.agents.images import Image
-    from kvpersist.agents.login_sessions import LoginSession
-    from kvpersist.agents.media import Media
-    from kvpersist.agents.middleware import PersistenceMiddleware
-    from kvpersist.agents.persistence import Persistence
-    from kvpersist.agents.persistence import open as open
-    from kvpersist.agents.prototypes import Prototype
-    from kvpersist.agents.providers import Provider
-    from kvpersist.agents.records import Message, Session, TimelineItem, ToolCall, ToolCallPart
-    from kvpersist.agents.runs import StoredAgent, continue_thread, stream_continue_thread, with_storage
-    from kvpersist.agents.secrets import new_secret_key
-    from kvpersist.agents.snapshots import Bookmark, Snapshot
-    from kvpersist.agents.streams import StoredStream, StoredTurn
-    from kvpersist.agents.threads import ThreadManager
-    from kvpersist.agents.todos import Todo, TodoList
-    from kvpersist.agents.traces import TokenUsage, Trace
+    from kvpersist.agents.state.media import Media
+    from kvpersist.agents.state.snapshots import Bookmark, Snapshot
+    from kvpersist.agents.state.todos import Todo, TodoList
+    from kvpersist.agents.workspace.containers import Container
+    from kvpersist.agents.workspace.images import Image
+    from kvpersist.agents.workspace.login_sessions import LoginSession
+    from kvpersist.agents.workspace.prototypes import Prototype
+    from kvpersist.agents.workspace.providers import Provider
+    from kvpersist.agents.workspace.secrets import new_secret_key
     from kvpersist.changes import Change, Watch
     from kvpersist.errors import CommitUnknown, Conflict, EventsExpired, KvError, LeaseLost, Locked, Unavailable
     from kvpersist.events import EventEntry, EventQueue, NewEvent
@@ -118,28 +118,34 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES: Final = {
-    "kvpersist.agents.agents": ("Agent", "AgentStats"),
-    "kvpersist.agents.history": ("Compression", "CompressionConfig", "HistoryWindow", "RecoveredFile", "WindowStats"),
-    "kvpersist.agents.media": ("Media",),
-    "kvpersist.agents.confirmations": ("Confirmation",),
-    "kvpersist.agents.containers": ("Container",),
-    "kvpersist.agents.images": ("Image",),
-    "kvpersist.agents.login_sessions": ("LoginSession",),
-    "kvpersist.agents.prototypes": ("Prototype",),
-    "kvpersist.agents.providers": ("Provider",),
-    "kvpersist.agents.runs": ("StoredAgent", "continue_thread", "stream_continue_thread", "with_storage"),
-    "kvpersist.agents.secrets": ("new_secret_key",),
-    "kvpersist.agents.streams": ("StoredStream", "StoredTurn"),
-    "kvpersist.agents.threads": ("ThreadManager",),
-    "kvpersist.agents.traces": (
+    "kvpersist.agents.state.agents": ("Agent", "AgentStats"),
+    "kvpersist.agents.state.history": (
+        "Compression",
+        "CompressionConfig",
+        "HistoryWindow",
+        "RecoveredFile",
+        "WindowStats",
+    ),
+    "kvpersist.agents.state.media": ("Media",),
+    "kvpersist.agents.conversations.confirmations": ("Confirmation",),
+    "kvpersist.agents.workspace.containers": ("Container",),
+    "kvpersist.agents.workspace.images": ("Image",),
+    "kvpersist.agents.workspace.login_sessions": ("LoginSession",),
+    "kvpersist.agents.workspace.prototypes": ("Prototype",),
+    "kvpersist.agents.workspace.providers": ("Provider",),
+    "kvpersist.agents.runs.runs": ("StoredAgent", "continue_thread", "stream_continue_thread", "with_storage"),
+    "kvpersist.agents.workspace.secrets": ("new_secret_key",),
+    "kvpersist.agents.runs.streams": ("StoredStream", "StoredTurn"),
+    "kvpersist.agents.runs.threads": ("ThreadManager",),
+    "kvpersist.agents.conversations.traces": (
         "TokenUsage",
         "Trace",
     ),
-    "kvpersist.agents.middleware": ("PersistenceMiddleware",),
+    "kvpersist.agents.runs.middleware": ("PersistenceMiddleware",),
     "kvpersist.agents.persistence": ("Persistence", "open"),
     "kvpersist.agents.records": ("Message", "Session", "TimelineItem", "ToolCall", "ToolCallPart"),
-    "kvpersist.agents.snapshots": ("Bookmark", "Snapshot"),
-    "kvpersist.agents.todos": ("Todo", "TodoList"),
+    "kvpersist.agents.state.snapshots": ("Bookmark", "Snapshot"),
+    "kvpersist.agents.state.todos": ("Todo", "TodoList"),
     "kvpersist.changes": ("Change", "Watch"),
     "kvpersist.errors": (
         "CommitUnknown",

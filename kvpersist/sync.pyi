@@ -4,28 +4,28 @@ import builtins
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime, timedelta
-from kvpersist.agents.agents import Agent, AgentStats
 from kvpersist.agents.checking import Consistency
-from kvpersist.agents.confirmations import Confirmation
-from kvpersist.agents.containers import Container
+from kvpersist.agents.conversations.confirmations import Confirmation
+from kvpersist.agents.conversations.repairs import Problem
+from kvpersist.agents.conversations.tool_calls import Recording
+from kvpersist.agents.conversations.traces import TokenUsage, Trace
+from kvpersist.agents.finding.queries import Found
 from kvpersist.agents.health import Health, Totals
-from kvpersist.agents.history import Compression, HistoryWindow, RecoveredFile
-from kvpersist.agents.images import Image
-from kvpersist.agents.login_sessions import LoginSession
-from kvpersist.agents.media import Media
-from kvpersist.agents.prototypes import Prototype
-from kvpersist.agents.providers import Provider
-from kvpersist.agents.queries import Found
 from kvpersist.agents.records import Message, Session, SessionStat, Stats, TimelineItem, ToolCall
-from kvpersist.agents.repairs import Problem
-from kvpersist.agents.snapshots import Snapshot
-from kvpersist.agents.streams import StoredTurn
-from kvpersist.agents.threads import ThreadContext
-from kvpersist.agents.todos import Todo, TodoList
-from kvpersist.agents.tool_calls import Recording
-from kvpersist.agents.traces import TokenUsage, Trace
+from kvpersist.agents.runs.streams import StoredTurn
+from kvpersist.agents.runs.threads import ThreadContext
+from kvpersist.agents.state.agents import Agent, AgentStats
+from kvpersist.agents.state.history import Compression, HistoryWindow, RecoveredFile
+from kvpersist.agents.state.media import Media
+from kvpersist.agents.state.snapshots import Snapshot
+from kvpersist.agents.state.todos import Todo, TodoList
+from kvpersist.agents.workspace.containers import Container
+from kvpersist.agents.workspace.images import Image
+from kvpersist.agents.workspace.login_sessions import LoginSession
+from kvpersist.agents.workspace.prototypes import Prototype
+from kvpersist.agents.workspace.providers import Provider
 from kvpersist.changes import Change
-from kvpersist.driver import Absent, Capabilities, Driver
+from kvpersist.driver import Absent, Capabilities, Check, Driver
 from kvpersist.errors import CorruptRecord, LargeValue
 from kvpersist.events.records import Claimed, EventEntry, GroupStats, Lag, Parked, TopicStats
 from kvpersist.home import Home
@@ -174,6 +174,8 @@ class Containers:
         """Set some keys of the metadata and leave the others; None where there is no such record."""
     def delete(self, id: Any) -> bool:
         """Delete the record and everything that belongs to it; False where there was none."""
+    def check(self, id: str | UUID) -> Check:
+        """As `Births.check`."""
 
 class EventGroup:
     """Consumers that share the events of one topic. Made by `EventQueue.group`."""
@@ -269,6 +271,8 @@ class Images:
         """Set some keys of the metadata and leave the others; None where there is no such record."""
     def delete(self, id: Any) -> bool:
         """Delete the record and everything that belongs to it; False where there was none."""
+    def check(self, id: str | UUID) -> Check:
+        """As `Births.check`."""
 
 class LargeReader:
     """A value, piece by piece: iterate over it, or `read`."""
@@ -622,7 +626,7 @@ class Repository(Generic[R]):
 class Sessions:
     """The sessions of one namespace, ``db.sessions``."""
     def export(self, session_id: str | UUID, *, user_id: str | None = ...) -> dict[str, Any]:
-        """Return a session and all that belongs to it as a JSON value; `kvpersist.agents.transfer` has its shape."""
+        """Return a session and all that belongs to it as a JSON value; this module's text has its shape."""
     def import_(self, data: Mapping[str, Any], *, user_id: str | UnsetType | None = ..., new_ids: bool = ..., **fields: Any) -> Session:
         """Store what `export` returned, and return the session. It can be seen when all of it is there."""
     def fork(self, session_id: str | UUID, *, at: int | str | UUID | None = ..., after: int = ..., count: int = ..., **fields: Any) -> _Sessions:

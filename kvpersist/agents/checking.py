@@ -9,8 +9,8 @@ from typing import Any, Final, Literal, TypeAlias
 import msgspec
 
 from kvpersist import keys
+from kvpersist.agents.births import Belongs, Births, Family
 from kvpersist.agents.deletion import PENDING
-from kvpersist.agents.family import Belongs, Births, Family
 from kvpersist.agents.records import Message, SessionStat, ToolCall
 from kvpersist.driver import Entry
 from kvpersist.errors import CorruptRecord

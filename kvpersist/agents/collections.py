@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from kvpersist import keys
-from kvpersist.agents.family import Belongs, Births, Family, checks_of
+from kvpersist.agents.births import Belongs, Births, Family, checks_of
 from kvpersist.agents.records import Message, Session, ToolCall
 from kvpersist.agents.stat import Stat
 from kvpersist.codec import JSON, MSGPACK, RecordCodec, frame

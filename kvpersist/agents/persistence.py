@@ -14,37 +14,37 @@ from uuid import UUID
 from msgspec import UNSET, UnsetType
 
 from kvpersist import keys
-from kvpersist.agents.agent_forks import AgentForks, topic_cascade
-from kvpersist.agents.agents import AgentParents, Agents
+from kvpersist.agents.births import Belongs, Family
 from kvpersist.agents.checking import Checker, Consistency
 from kvpersist.agents.collections import Collections
-from kvpersist.agents.confirmations import Confirmations
-from kvpersist.agents.containers import Containers
 from kvpersist.agents.content import text_index as words_index
-from kvpersist.agents.family import Belongs, Family
-from kvpersist.agents.finders import SESSION_INDEXES
+from kvpersist.agents.conversations.confirmations import Confirmations
+from kvpersist.agents.conversations.making import finish_makings
+from kvpersist.agents.conversations.messages import Messages
+from kvpersist.agents.conversations.ordered import OrderedTurns
+from kvpersist.agents.conversations.sessions import Sessions
+from kvpersist.agents.conversations.tool_calls import ToolCalls
+from kvpersist.agents.conversations.traces import Traces
+from kvpersist.agents.conversations.turns import Turns
+from kvpersist.agents.finding.sessions import SESSION_INDEXES
 from kvpersist.agents.health import Health, Totals, health_of, size_of
-from kvpersist.agents.history import Compressions, RecoveredFiles, Windows
-from kvpersist.agents.images import Images
-from kvpersist.agents.login_sessions import LoginSessions
-from kvpersist.agents.making import finish_makings
-from kvpersist.agents.media import MediaCache
-from kvpersist.agents.messages import Messages
-from kvpersist.agents.ordered import OrderedTurns
 from kvpersist.agents.placement import Beside, Placement, events_of
-from kvpersist.agents.prototypes import Prototypes
-from kvpersist.agents.providers import Providers
 from kvpersist.agents.records import Message, Session, Stats, TimelineItem, ToolCall
-from kvpersist.agents.secrets import SecretKey, Secrets
-from kvpersist.agents.sessions import Sessions
-from kvpersist.agents.snapshots import Snapshots
+from kvpersist.agents.runs.streams import Ending
+from kvpersist.agents.runs.threads import ThreadManager
 from kvpersist.agents.stat import tool_stats
-from kvpersist.agents.streams import Ending
-from kvpersist.agents.threads import ThreadManager
-from kvpersist.agents.todos import Todos
-from kvpersist.agents.tool_calls import ToolCalls
-from kvpersist.agents.traces import Traces
-from kvpersist.agents.turns import Turns
+from kvpersist.agents.state.agents import AgentParents, Agents
+from kvpersist.agents.state.forks import AgentForks, topic_cascade
+from kvpersist.agents.state.history import Compressions, RecoveredFiles, Windows
+from kvpersist.agents.state.media import MediaCache
+from kvpersist.agents.state.snapshots import Snapshots
+from kvpersist.agents.state.todos import Todos
+from kvpersist.agents.workspace.containers import Containers
+from kvpersist.agents.workspace.images import Images
+from kvpersist.agents.workspace.login_sessions import LoginSessions
+from kvpersist.agents.workspace.prototypes import Prototypes
+from kvpersist.agents.workspace.providers import Providers
+from kvpersist.agents.workspace.secrets import SecretKey, Secrets
 from kvpersist.config import DotEnv, Resolved, home_of, resolve, variables
 from kvpersist.driver import Clock, Driver, Entry
 from kvpersist.errors import BadOption, BadRequest, ReadOnly

@@ -58,9 +58,9 @@ class Session(msgspec.Struct, kw_only=True, omit_defaults=True):
     template_id: str | None = None
     parent_id: str | None = None
     forked_at: int | None = None
-    lineage: list[str] = msgspec.field(default_factory=list[str])
+    lineage: list[str] = []
     title: str | None = None
-    metadata: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
+    metadata: dict[str, Any] = {}
     active: bool = True
     external_id: str | None = None
     created_at: datetime | None = None
@@ -139,7 +139,7 @@ class ToolCall(msgspec.Struct, kw_only=True, omit_defaults=True):
     result_number: int | None = None
     error: str | None = None
     approval: Approval | None = None
-    audit: list[AuditEntry] = msgspec.field(default_factory=list[AuditEntry])
+    audit: list[AuditEntry] = []
     metadata: dict[str, Any] | None = None
     created_at: datetime | None = None
     started_at: datetime | None = None
@@ -202,9 +202,9 @@ class Stats(msgspec.Struct, kw_only=True):
     sessions: int = 0
     messages: int = 0
     tool_calls: int = 0
-    messages_by_role: dict[str, int] = msgspec.field(default_factory=dict[str, int])
-    tool_calls_by_name: dict[str, int] = msgspec.field(default_factory=dict[str, int])
-    tool_calls_by_state: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    messages_by_role: dict[str, int] = {}
+    tool_calls_by_name: dict[str, int] = {}
+    tool_calls_by_state: dict[str, int] = {}
     tool_errors: int = 0
 
     @property

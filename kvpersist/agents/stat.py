@@ -6,7 +6,7 @@ version decides between writers; a session's own record is not touched by an app
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final, NamedTuple
 
 import msgspec
@@ -14,7 +14,10 @@ import msgspec
 from kvpersist.agents.records import Message, SessionStat, ToolCall, ToolStats
 from kvpersist.driver import Check, Entry
 
-__all__ = ["SETTLED", "UNANSWERED", "Draft", "Parent", "Stat", "Waiting", "tool_stats"]
+__all__ = ["EXACT", "SETTLED", "UNANSWERED", "Draft", "Parent", "Stat", "Waiting", "tool_stats"]
+
+EXACT: Final = timedelta(seconds=1)
+"""How far the index `updated` may lie behind."""
 
 UNANSWERED: Final = 256
 """Calls that a session remembers as unanswered; an answer to an older one is not joined with it."""
@@ -44,11 +47,11 @@ class Stat(msgspec.Struct, omit_defaults=True):
     updated_at: datetime
     last: int = 0
     messages: int = 0
-    roles: dict[str, int] = msgspec.field(default_factory=dict[str, int])
-    tools: dict[str, tuple[int, ...]] = msgspec.field(default_factory=dict[str, tuple[int, ...]])
-    open: list[Waiting] = msgspec.field(default_factory=list[Waiting])
+    roles: dict[str, int] = {}
+    tools: dict[str, tuple[int, ...]] = {}
+    open: list[Waiting] = []
     indexed_at: datetime | None = None  # what the index `updated` holds
-    settled: list[Waiting] = msgspec.field(default_factory=list[Waiting])
+    settled: list[Waiting] = []
     unsure: bool = False
 
     def public(self) -> SessionStat:
@@ -106,6 +109,10 @@ class Draft:
         self.roles[role] = self.roles.get(role, 0) - 1
         if not self.roles[role]:
             del self.roles[role]
+
+    def leave_off(self, last: int) -> None:
+        """Numbers above ``last`` only are given out."""
+        self.last = max(self.last, last)
 
     def touch(self, at: datetime | None) -> None:
         """The session changed ``at`` some time."""

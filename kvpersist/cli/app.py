@@ -51,7 +51,7 @@ app = App(
 
 for name, arguments, target, group, help_ in (
     ("demo", "", "chats:demo", _RECORDS, "Put a sample conversation into the store and show it."),
-    ("import", "FILE... | SYSTEM:WHERE", "chats:import_", _RECORDS, "Import from files, or from another system."),
+    ("import", "FILE...", "chats:import_", _RECORDS, "Import from files, or from another system."),
     ("sessions", "", "chats:sessions", _RECORDS, "List sessions, newest first."),
     ("timeline", "ID", "chats:timeline", _RECORDS, "Show a session: messages, tool calls, results, errors."),
     ("search", "TEXT", "chats:search", _RECORDS, "Find messages by their text."),

@@ -11,11 +11,11 @@ from typing import Any, Final
 
 import msgspec
 
-from kvpersist.agents.containers import Container
-from kvpersist.agents.images import Image
 from kvpersist.agents.persistence import Persistence
-from kvpersist.agents.prototypes import Prototype
 from kvpersist.agents.records import Message, Session
+from kvpersist.agents.workspace.containers import Container
+from kvpersist.agents.workspace.images import Image
+from kvpersist.agents.workspace.prototypes import Prototype
 from kvpersist.events.records import as_json
 from kvpersist.ops.importers.agentx_records import SHELVES
 

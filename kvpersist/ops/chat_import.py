@@ -26,7 +26,7 @@ from uuid import UUID, uuid5
 import msgspec
 from msgspec import Struct
 
-from kvpersist.agents.items import Begin
+from kvpersist.agents.conversations.items import Begin
 from kvpersist.agents.persistence import Persistence
 from kvpersist.agents.records import Message, new_id
 from kvpersist.errors import BadOption, BadRequest, Conflict, KvError, MalformedRecord, ParentGone, Unencodable

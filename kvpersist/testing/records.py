@@ -164,7 +164,9 @@ class PersistenceContract(ABC, Generic[D]):
         async with _opened(driver) as db:
             for n in range(4):
                 at = start + timedelta(minutes=n)
-                await db.sessions.create(id=f"s{n}", agent_id="a", image_id=f"i{n % 2}", created_at=at, title=f"T{n}")
+                await db.sessions.create(
+                    id=f"s{n}", agent_id="a", template_id=f"i{n % 2}", created_at=at, title=f"T{n}"
+                )
                 turn = [msgspec.structs.replace(message, created_at=at) for message in _turn(f"s{n}")]
                 await db.messages.append_many(f"s{n}", turn)
             await db.messages.append("s0", Message("user", "late", created_at=start + timedelta(days=1)))
@@ -172,7 +174,7 @@ class PersistenceContract(ABC, Generic[D]):
 
             queries: list[tuple[Any, dict[str, Any], list[str]]] = [
                 (db.sessions, {"agent_id": "a", "order": "created_at"}, ["s0", "s1", "s2", "s3"]),
-                (db.sessions, {"image_id": "i1"}, ["s3", "s1"]),
+                (db.sessions, {"template_id": "i1"}, ["s3", "s1"]),
                 (db.sessions, {"created": window}, ["s2", "s1"]),
                 (db.sessions, {"order": "-updated_at"}, ["s0", "s3", "s2", "s1"]),
                 (db.sessions, {"order": "updated_at"}, ["s1", "s2", "s3", "s0"]),

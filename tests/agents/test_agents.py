@@ -30,7 +30,7 @@ from kvpersist import (
     at_least,
     between,
 )
-from kvpersist.agents.agents import BREAKPOINTS, new_agent_id
+from kvpersist.agents.state.agents import BREAKPOINTS, new_agent_id
 from kvpersist.errors import BadRequest, KeyTooLong, ParentGone, UniqueConflict
 from kvpersist.testing.faults import Crashed, FaultyDriver
 from kvpersist_drivers.memory import MemoryDriver

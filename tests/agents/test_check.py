@@ -7,10 +7,10 @@ import pytest
 import kvpersist
 from kvpersist import keys
 from kvpersist.agents.checking import Consistency
-from kvpersist.agents.history import HistoryWindow
-from kvpersist.agents.media import Media
 from kvpersist.agents.persistence import Persistence
-from kvpersist.agents.todos import Todo
+from kvpersist.agents.state.history import HistoryWindow
+from kvpersist.agents.state.media import Media
+from kvpersist.agents.state.todos import Todo
 from kvpersist.driver import Delete, Put
 from kvpersist.errors import BadRequest
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from kvpersist.agents.middleware import PersistenceMiddleware
+from kvpersist.agents.conversations.traces import TokenUsage, Trace
 from kvpersist.agents.persistence import Persistence
 from kvpersist.agents.records import Message, ToolCallPart
-from kvpersist.agents.traces import TokenUsage, Trace
+from kvpersist.agents.runs.middleware import PersistenceMiddleware
 from kvpersist.errors import BadOption, BadRequest, ParentGone, UniqueConflict
 
 Sound = Callable[[Persistence], Awaitable[None]]

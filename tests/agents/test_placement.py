@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 import kvpersist
-from kvpersist.agents.history import HistoryWindow, RecoveredFile
-from kvpersist.agents.media import Media
 from kvpersist.agents.persistence import Persistence
 from kvpersist.agents.placement import Placement, events_of
-from kvpersist.agents.todos import Todo
+from kvpersist.agents.state.history import HistoryWindow, RecoveredFile
+from kvpersist.agents.state.media import Media
+from kvpersist.agents.state.todos import Todo
 from kvpersist.driver import Batch, Committed, Driver, Entry
 from kvpersist.errors import BadOption, KvError, ParentGone, Unsupported
 from kvpersist.testing.faults import FaultyDriver

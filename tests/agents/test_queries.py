@@ -13,6 +13,7 @@ import kvpersist
 from kvpersist import Index, Message, ToolCallPart, at_least, at_most, between, keys
 from kvpersist.agents.persistence import Persistence
 from kvpersist.agents.records import Approval, ToolCall
+from kvpersist.agents.workspace.containers import Container
 from kvpersist.driver import Delete, Put
 from kvpersist.errors import BadCursor, BadRequest, CorruptRecord, IndexNotReady, NoIndex
 from kvpersist.testing import ManualClock
@@ -48,6 +49,12 @@ async def turn(db: Persistence, session: str, *names: str, minutes: float = 0, e
 
 @pytest.mark.parametrize("owner", OWNERS)
 async def test_sessions_are_found_by_each_owner_newest_first(db: Persistence, driver: Any, owner: str) -> None:
+    for name in ("o0", "o1"):  # these have to be there
+        if owner == "container_id":
+            await db.containers.create(id=name)
+        elif owner == "image_id":
+            await db.containers.save(Container(id="c"))
+            await db.images.create(id=name, container_id="c")
     for n in range(6):
         await db.sessions.create(id=f"s{n}", created_at=at(n), **{owner: f"o{n % 2}"})
     await db.sessions.find(**{owner: "warm"})
@@ -75,11 +82,11 @@ async def test_owners_that_are_not_set_take_no_room(db: Persistence, driver: Any
 
 
 async def test_an_edit_moves_a_session_between_owners(db: Persistence, sound: Sound) -> None:
-    await db.sessions.create(id="s", agent_id="a", image_id="i")
+    await db.sessions.create(id="s", agent_id="a", template_id="i")
 
-    await db.sessions.update("s", lambda s: msgspec.structs.replace(s, agent_id="b", image_id=None))
+    await db.sessions.update("s", lambda s: msgspec.structs.replace(s, agent_id="b", template_id=None))
 
-    assert await db.sessions.find(agent_id="a") == await db.sessions.find(image_id="i") == []
+    assert await db.sessions.find(agent_id="a") == await db.sessions.find(template_id="i") == []
     assert [session.id for session in await db.sessions.find(agent_id="b")] == ["s"]
     await sound(db)
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from kvpersist import Message, ToolCallPart
+from kvpersist.agents.conversations.repairs import mended, problems_of
 from kvpersist.agents.persistence import Persistence
-from kvpersist.agents.repairs import mended, problems_of
 
 Sound = Callable[[Persistence], Awaitable[None]]
 

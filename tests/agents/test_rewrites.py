@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 import kvpersist
 from kvpersist import Index, Message, ToolCallPart
-from kvpersist.agents import rewrites
+from kvpersist.agents.conversations import rewrites
 from kvpersist.agents.persistence import Persistence
 from kvpersist.driver import Delete, Put
 from kvpersist.errors import BadRequest, ParentGone, Unencodable, UniqueConflict

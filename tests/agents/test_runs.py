@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 import kvpersist
-from kvpersist.agents.model_messages import model_messages, system_text
 from kvpersist.agents.persistence import Persistence
 from kvpersist.agents.records import Message, ToolCallPart
-from kvpersist.agents.runs import continue_thread, stream_continue_thread, with_storage
+from kvpersist.agents.runs.model_messages import model_messages, system_text
+from kvpersist.agents.runs.runs import continue_thread, stream_continue_thread, with_storage
 from kvpersist.driver import Put
 from kvpersist.errors import BadOption, BadRequest, CommitUnknown, ParentGone, Unavailable, Unencodable
 from kvpersist.testing.faults import Crashed, FaultyDriver

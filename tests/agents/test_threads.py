@@ -11,7 +11,7 @@ import pytest
 import kvpersist
 from kvpersist.agents.persistence import Persistence
 from kvpersist.agents.records import Message, ToolCallPart
-from kvpersist.agents.threads import ThreadManager
+from kvpersist.agents.runs.threads import ThreadManager
 from kvpersist.errors import BadOption, BadRequest, ParentGone, UniqueConflict
 
 Sound = Callable[[Persistence], Awaitable[None]]

@@ -14,10 +14,10 @@ from msgspec.structs import replace
 
 import kvpersist
 from kvpersist import Message, ToolCallPart
-from kvpersist.agents import making
-from kvpersist.agents.confirmations import Confirmation
+from kvpersist.agents.conversations import making
+from kvpersist.agents.conversations.confirmations import Confirmation
+from kvpersist.agents.conversations.traces import TokenUsage
 from kvpersist.agents.persistence import Persistence
-from kvpersist.agents.traces import TokenUsage
 from kvpersist.errors import BadRequest, MalformedRecord, ParentGone, UniqueConflict
 from kvpersist.ops.chat_export import export_session
 from kvpersist.ops.chat_import import import_chats

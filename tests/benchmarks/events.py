@@ -126,11 +126,12 @@ async def _swept(name: str, url: str, events: int) -> None:
             await asyncio.sleep(0)  # in memory nothing else lets the sweep go on
         removed = await sweeping
         seconds = time.perf_counter() - began
-        assert removed == events // 500 * 500 - _KEPT, removed
-        assert (await queue.stats("t")).count == _KEPT + during
+        stored = -(-events // 500) * 500
+        assert removed >= stored - _KEPT, removed  # more where something was published before it looked
+        assert (await queue.stats("t")).count == stored + during - removed
         await store.clear(f"{queue.namespace}:", raw=True)
     grew = f"{(peak - before) / 2**20:.1f}"
-    figures = [f"{removed + _KEPT:,}", f"{seconds:.1f}", str(largest), grew, f"{during:,}", f"{longest * 1000:.0f}"]
+    figures = [f"{stored:,}", f"{seconds:.1f}", str(largest), grew, f"{during:,}", f"{longest * 1000:.0f}"]
     print(f"| {name} | {' | '.join(figures)} |", flush=True)
 
 

@@ -43,21 +43,21 @@ from kvpersist import (
     ToolCallPart,
     WindowStats,
 )
-from kvpersist.agents.agents import Agents
-from kvpersist.agents.confirmations import Confirmations
+from kvpersist.agents.conversations.confirmations import Confirmations
+from kvpersist.agents.conversations.messages import Messages
+from kvpersist.agents.conversations.sessions import Sessions
+from kvpersist.agents.conversations.tool_calls import ToolCalls
+from kvpersist.agents.conversations.traces import Traces
 from kvpersist.agents.family import Records
-from kvpersist.agents.history import Compressions, RecoveredFiles, Windows
-from kvpersist.agents.media import MediaCache
-from kvpersist.agents.messages import Messages
-from kvpersist.agents.middleware import ThreadHandler
-from kvpersist.agents.model_messages import model_messages, system_text
-from kvpersist.agents.providers import Providers
-from kvpersist.agents.sessions import Sessions
-from kvpersist.agents.snapshots import Snapshots
-from kvpersist.agents.threads import ThreadContext
-from kvpersist.agents.todos import Todos
-from kvpersist.agents.tool_calls import ToolCalls
-from kvpersist.agents.traces import Traces
+from kvpersist.agents.runs.middleware import ThreadHandler
+from kvpersist.agents.runs.model_messages import model_messages, system_text
+from kvpersist.agents.runs.threads import ThreadContext
+from kvpersist.agents.state.agents import Agents
+from kvpersist.agents.state.history import Compressions, RecoveredFiles, Windows
+from kvpersist.agents.state.media import MediaCache
+from kvpersist.agents.state.snapshots import Snapshots
+from kvpersist.agents.state.todos import Todos
+from kvpersist.agents.workspace.providers import Providers
 from kvpersist.events import Claimed, EventGroup, GroupStats, Lag, Parked, Subscription, TopicStats
 
 ROOT = Path(__file__).parents[2]

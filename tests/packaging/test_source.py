@@ -88,7 +88,7 @@ def test_the_scan_finds_what_revives_and_runs() -> None:
 @pytest.mark.parametrize("module", _TREES)
 def test_a_module_imports_what_its_extra_brings_and_no_more(module: str) -> None:
     extras = {
-        "kvpersist.agents.secrets": {"cryptography"},
+        "kvpersist.agents.workspace.secrets": {"cryptography"},
         "kvpersist.cli": _CLI,
         "kvpersist.env": {"dotenv"},
         "kvpersist.ops.importers.agentx_places": {"pymongo", "redis"},

@@ -16,7 +16,8 @@ from urllib.parse import unquote_plus
 
 from kvpersist.errors import BadOption
 from kvpersist.ops.importers.plan import Problem, Source
-from kvpersist.ops.importers.run import SessionCheck, SystemImport, Verified, import_from
+from kvpersist.ops.importers.report import SessionCheck, SystemImport, Verified
+from kvpersist.ops.importers.run import import_from
 
 __all__ = [
     "SYSTEMS",

@@ -6,10 +6,10 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from kvpersist.agents.containers import Container
-from kvpersist.agents.images import Image
-from kvpersist.agents.prototypes import Prototype
-from kvpersist.agents.providers import Provider
+from kvpersist.agents.workspace.containers import Container
+from kvpersist.agents.workspace.images import Image
+from kvpersist.agents.workspace.prototypes import Prototype
+from kvpersist.agents.workspace.providers import Provider
 from kvpersist.ops.importers.plan import Bad, Record, RecordKind, id_for, mapping, moment_of, text_or_none
 
 __all__ = ["SHELVES", "Shelf", "record_of"]

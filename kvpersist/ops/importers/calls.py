@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from kvpersist.agents.items import ReplaceCalls, Rewritten
+from kvpersist.agents.conversations.items import ReplaceCalls, Rewritten
 from kvpersist.agents.persistence import Persistence
 from kvpersist.agents.records import ToolCall
 from kvpersist.ops.importers.plan import CallRecord, Conversation

@@ -20,9 +20,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, cast, get_args
 
 from kvpersist import keys
-from kvpersist.agents.agents import Agent
-from kvpersist.agents.history import Compression, CompressionConfig, HistoryWindow, RecoveredFile, WindowStats
-from kvpersist.agents.media import Media
 from kvpersist.agents.records import (
     TOOL_CALL_STATES,
     Approval,
@@ -32,8 +29,11 @@ from kvpersist.agents.records import (
     ToolCall,
     ToolCallPart,
 )
-from kvpersist.agents.snapshots import Bookmark, Snapshot
-from kvpersist.agents.todos import TODO_STATES, Todo, TodoList, TodoStatus
+from kvpersist.agents.state.agents import Agent
+from kvpersist.agents.state.history import Compression, CompressionConfig, HistoryWindow, RecoveredFile, WindowStats
+from kvpersist.agents.state.media import Media
+from kvpersist.agents.state.snapshots import Bookmark, Snapshot
+from kvpersist.agents.state.todos import TODO_STATES, Todo, TodoList, TodoStatus
 from kvpersist.events.records import NewEvent
 from kvpersist.ops.importers.plan import (
     Bad,

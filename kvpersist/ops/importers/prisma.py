@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
-from kvpersist.agents.confirmations import Confirmation
+from kvpersist.agents.conversations.confirmations import Confirmation
 from kvpersist.agents.records import Message, Session, ToolCall, ToolCallPart
 from kvpersist.ops.importers.plan import (
     Bad,

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, TypeAlias
 import msgspec
 
 from kvpersist.agents.persistence import Persistence
-from kvpersist.agents.providers import Provider
+from kvpersist.agents.workspace.providers import Provider
 from kvpersist.errors import BadOption, BadRequest, Conflict, ParentGone, UniqueConflict
 from kvpersist.ops.importers.plan import Problem, Record, list_or_none, object_or_none
 

@@ -14,16 +14,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import msgspec
-from msgspec import Struct
 
 from kvpersist.agents.persistence import Persistence
-from kvpersist.agents.records import ROLES, Message, Session
+from kvpersist.agents.records import ROLES, Session
 from kvpersist.errors import BadRequest, Conflict, MalformedRecord, ParentGone, UniqueConflict
-from kvpersist.ops.chat_formats import to_json
 from kvpersist.ops.importers.calls import TIMES, complete_calls, missing_calls
+from kvpersist.ops.importers.placing import Placed, allowed, content_of, fitting
 from kvpersist.ops.importers.plan import (
     ConsumerPosition,
     Conversation,
@@ -35,84 +34,17 @@ from kvpersist.ops.importers.plan import (
     made_id,
 )
 from kvpersist.ops.importers.records import Records
+from kvpersist.ops.importers.report import SessionCheck, SystemImport, Verified
 from kvpersist.ops.importers.topics import Topics
 from kvpersist.ops.progress import OnProgress, Progress
 
-__all__ = ["SessionCheck", "SystemImport", "Verified", "import_from"]
+__all__ = ["import_from"]
 
 _MESSAGE_ID_BYTES: Final = 120  # of an encoded id: what an index entry holds whole
 _BATCH_MESSAGES: Final = 250
-_BATCH_BYTES: Final = 1 << 20  # of the messages' JSON
 _MESSAGE_OPS: Final = 8  # of a batch, for one message with a call: roughly
 _NO_MESSAGE: Final = 1 << 60  # a number behind every message's
 _SPARE: Final = 4096  # bytes that framing and key may add to a value
-
-
-class SessionCheck(Struct, frozen=True, kw_only=True):
-    """A session of the source and the one in the store. ``digest`` is that of the source, in hex."""
-
-    id: str
-    messages: int
-    digest: str
-    stored_messages: int
-    stored_digest: str
-
-    @property
-    def equal(self) -> bool:
-        return (self.messages, self.digest) == (self.stored_messages, self.stored_digest)
-
-
-class Verified(Struct, kw_only=True):
-    """What comparing the source with the store has shown.
-
-    Attributes:
-        sessions: a check of each; ``different``: the ids of those that are not equal.
-        records, missing_records: of other kinds, how many are there, and the places of those that are not.
-    """
-
-    sessions: list[SessionCheck] = []
-    different: list[str] = []
-    records: int = 0
-    missing_records: list[str] = []
-
-
-class SystemImport(Struct, kw_only=True):
-    """What an import from another system did, or with ``dry_run`` would do.
-
-    Attributes:
-        sessions: how many were created; ``messages``: how many messages were added.
-        completed: sessions that an earlier import, or the source since then, left to be added to.
-        present: sessions that were there already, whole.
-        differing: sessions and records that are there with other contents: left as they are.
-        records: how many records of other kinds were created, by kind; ``records_present``: were there.
-        events, consumers: how many were added.
-        problems: what is not in the store as it is in the source, in its order.
-        first: the first session of the source, None if there is none.
-        verified: None with ``dry_run``.
-    """
-
-    source: str = ""
-    system: str = ""
-    dry_run: bool = False
-    sessions: int = 0
-    messages: int = 0
-    completed: int = 0
-    present: int = 0
-    differing: list[str] = []
-    records: dict[str, int] = {}
-    records_present: int = 0
-    events: int = 0
-    consumers: int = 0
-    problems: list[Problem] = []
-    first: str | None = None
-    verified: Verified | None = None
-
-    @property
-    def whole(self) -> bool:
-        """Whether the store now holds everything that the source does."""
-        lost = self.differing or any(problem.left_out for problem in self.problems)
-        checked = self.verified
-        return not (lost or (checked is not None and (checked.different or checked.missing_records)))
 
 
 async def import_from(
@@ -151,15 +83,6 @@ async def import_from(
     if (reason := await source.changed()) is not None:
         run.problem(Problem(place=source.shown, reason=f"{reason}: import again", left_out=False))
     return run.report
-
-
-class _Placed(Struct):
-    """A message as it will be stored: which one of the source it is, its size in bytes, and what it is known by."""
-
-    message: Message
-    index: int
-    size: int
-    digest: bytes
 
 
 class _Run:
@@ -296,9 +219,9 @@ class _Run:
                     raise
                 return found  # another process was faster
 
-    def _placed(self, conversation: Conversation, session: Session) -> list[_Placed]:
+    def _placed(self, conversation: Conversation, session: Session) -> list[Placed]:
         """The messages as they will be stored, without those that cannot be."""
-        placed: list[_Placed] = []
+        placed: list[Placed] = []
         seen: set[str] = set()
         at = session.created_at
         for index, message in enumerate(conversation.messages):
@@ -311,11 +234,11 @@ class _Run:
             else:
                 own, kept = id_for(foreign, "message", _MESSAGE_ID_BYTES)
             seen.add(foreign)
-            ready = _allowed(msgspec.structs.replace(message, id=own, created_at=at, session_id=""))
+            ready = allowed(msgspec.structs.replace(message, id=own, created_at=at, session_id=""))
             if kept is not None:
                 ready.extra = {**(ready.extra or {}), "external_id": kept}
             try:
-                content = _content(ready, conversation.resaved)
+                content = content_of(ready, conversation.resaved)
             except (BadRequest, ValueError) as error:
                 self._left_out(conversation, index, foreign, str(error))
                 continue
@@ -324,29 +247,29 @@ class _Run:
             elif ready.role not in ROLES:
                 self._left_out(conversation, index, foreign, f"unknown role {ready.role!r}")
             else:
-                placed.append(_Placed(ready, index, len(content), hashlib.sha256(content).digest()))
+                placed.append(Placed(ready, index, len(content), hashlib.sha256(content).digest()))
         return placed
 
     def _left_out(self, conversation: Conversation, index: int, foreign: str, reason: str) -> None:
         place = f"{conversation.place} message {foreign or index + 1}"
         self.problem(Problem(place=place, reason=reason))
 
-    async def _there(self, session_id: str, messages: Sequence[_Placed], resaved: bool) -> int | None:
+    async def _there(self, session_id: str, messages: Sequence[Placed], resaved: bool) -> int | None:
         """How many of ``messages`` the session holds already; None: it holds others."""
         at = 0
         async for stored in self._db.messages.iterate(session_id):
             if at == len(messages):
                 return at  # it was gone on with here
-            if hashlib.sha256(_content(stored, resaved)).digest() != messages[at].digest:
+            if hashlib.sha256(content_of(stored, resaved)).digest() != messages[at].digest:
                 return None
             at += 1
         return at
 
-    async def _append(self, session_id: str, messages: list[_Placed], there: int, resaved: bool) -> int:
+    async def _append(self, session_id: str, messages: list[Placed], there: int, resaved: bool) -> int:
         """Append what is behind the first ``there`` messages; return how many that were."""
         at = there
         while at < len(messages):
-            batch = _fitting(messages, at, self._batch)
+            batch = fitting(messages, at, self._batch)
             try:
                 await self._db.messages.append_many(session_id, batch)
             except UniqueConflict:
@@ -362,23 +285,23 @@ class _Run:
             at += len(batch)
         return at - there
 
-    async def _keep_time(self, conversation: Conversation, session_id: str, messages: Sequence[_Placed]) -> None:
+    async def _keep_time(self, conversation: Conversation, session_id: str, messages: Sequence[Placed]) -> None:
         """Let the session's last change be the source's again, where only this import moved it, or no earlier."""
-        wanted = conversation.session.updated_at
-        if wanted is None:
-            return
         stored = await self._db.sessions.get(session_id)
-        if stored is None or stored.updated_at is None or stored.updated_at == wanted:
+        if stored is None or stored.updated_at is None:
             return
         times = [each.message.created_at for each in messages]
         times += [getattr(record.call, name) for record in conversation.calls for name in TIMES]
-        moved = max((at for at in times if at is not None), default=wanted)
+        moved = max((at for at in times if at is not None), default=None)
+        wanted = conversation.session.updated_at or moved
+        if wanted is None or stored.updated_at == wanted:
+            return
         if stored.updated_at < wanted or stored.updated_at == moved:
             await self._db.sessions.update(
                 session_id, lambda session: msgspec.structs.replace(session, updated_at=wanted)
             )
 
-    async def _renamed(self, session_id: str, messages: list[_Placed], start: int, count: int) -> bool:
+    async def _renamed(self, session_id: str, messages: list[Placed], start: int, count: int) -> bool:
         """Give another id to messages whose id another session's message has; whether there were any."""
         any_taken = False
         for index in range(start, start + count):
@@ -448,7 +371,7 @@ class _Run:
         async for stored in self._db.messages.iterate(id_):
             if count == len(messages):
                 break  # it was gone on with here
-            stored_digest.update(hashlib.sha256(_content(stored, conversation.resaved)).digest())
+            stored_digest.update(hashlib.sha256(content_of(stored, conversation.resaved)).digest())
             count += 1
         return SessionCheck(
             id=id_,
@@ -457,41 +380,3 @@ class _Run:
             stored_messages=count,
             stored_digest=stored_digest.hexdigest(),
         )
-
-
-def _allowed(message: Message) -> Message:
-    """The message as our rules allow it: what has no place in a role's messages is kept in ``extra``."""
-    moved: dict[str, Any] = {}
-    if message.tool_calls and message.role != "assistant":
-        moved["tool_calls"] = [msgspec.to_builtins(call) for call in message.tool_calls]
-        message.tool_calls = None
-    if message.tool_call_id is not None and message.role != "tool":
-        moved["tool_call_id"], message.tool_call_id = message.tool_call_id, None
-    if moved:
-        message.extra = {**(message.extra or {}), **moved}
-    return message
-
-
-def _content(message: Message, resaved: bool) -> bytes:
-    """What two messages have in common where one is the other, imported: all but the place, and a changed id.
-
-    Raises:
-        Unencodable: it cannot be stored.
-    """
-    extra = dict(message.extra or {})
-    foreign = extra.pop("external_id", message.id)
-    loose: dict[str, Any] = {"id": "", "created_at": None} if resaved else {"id": foreign}
-    common = msgspec.structs.replace(message, session_id="", number=0, extra=extra or None, **loose)
-    return msgspec.json.encode(to_json(common), order="sorted")
-
-
-def _fitting(messages: Sequence[_Placed], start: int, most: int) -> list[Message]:
-    """The next messages that go in as one batch: at least one."""
-    size = 0
-    batch: list[Message] = []
-    for placed in messages[start : start + most]:
-        size += placed.size
-        if batch and size > _BATCH_BYTES:
-            break
-        batch.append(placed.message)
-    return batch

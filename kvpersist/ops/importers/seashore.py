@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
-from kvpersist.agents.login_sessions import LoginSession
+from kvpersist.agents.conversations.traces import TokenUsage, Trace
 from kvpersist.agents.records import Message, Session, ToolCallPart
-from kvpersist.agents.traces import TokenUsage, Trace
+from kvpersist.agents.workspace.login_sessions import LoginSession
 from kvpersist.ops.importers.plan import (
     Bad,
     Conversation,

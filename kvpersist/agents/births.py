@@ -1,0 +1,319 @@
+"""Births of records that others belong to: the keys that show that they live, and what is checked against them.
+
+`kvpersist.agents.family` tells how they are used.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import msgspec
+
+from kvpersist import keys
+from kvpersist.agents.deletion import PENDING, Beside, Cascade, Deletions, require
+from kvpersist.agents.writers import atomic_writer, ordered_writer, taken
+from kvpersist.driver import ABSENT, Check, Delete, Entry, Op, Put
+from kvpersist.errors import Conflict, ParentGone, UniqueConflict
+from kvpersist.index.writer import live, version_of
+from kvpersist.repository import Repository
+from kvpersist.store import Store
+from kvpersist.transaction import backoff
+
+__all__ = ["Belongs", "Births", "Family", "checks_of"]
+
+_ATTEMPTS: Final = 40  # of a write that keeps losing to others
+_BIRTH: Final = b"1"
+_REMEMBERED: Final = 4096  # birth keys per kind
+
+
+class Family:
+    """The kinds of records of one namespace that others belong to, and the collections of those others."""
+
+    def __init__(self, store: Store, namespace: str, *, elsewhere: Mapping[str, Store] | None = None) -> None:
+        """``elsewhere``: collections that are kept in another store. Nothing belongs to their records."""
+        self.store = store
+        self.elsewhere: dict[str, Store] = dict(elsewhere or {})
+        self.namespace = namespace
+        self.space: str = keys.namespace(namespace)
+        self.atomic: bool = store.capabilities.atomic_batch != "none"
+        self.births: dict[str, Births] = {}
+        self.repositories: dict[str, Repository[Any]] = {}
+        self.belongs: dict[str, tuple[Belongs, ...]] = {}
+        self.owned: bool = False
+
+    async def own(self) -> None:
+        """Note that plain writes have no place in this namespace."""
+        if not self.owned:
+            for store in dict.fromkeys((self.store, *self.elsewhere.values())):
+                await store._own(self.space)
+            self.owned = True
+
+    def now(self) -> datetime:
+        """The store's time."""
+        return datetime.fromtimestamp(self.store.clock(), UTC)
+
+    async def finish_all(self) -> int:
+        """Finish every deletion that was begun and not finished; return how many there were."""
+        return sum([await births.deletions.finish_all() for births in self.births.values()])
+
+    def forget(self, key: str) -> bool:
+        """Read a birth key again before it is next relied on; False: ``key`` is none, nor a marker."""
+        return any(births.forget(key) for births in self.births.values())
+
+    async def holds(self, checks: Sequence[Check]) -> bool:
+        """Whether everything is still as the checks say."""
+        found = await self.store._entries([check.key for check in checks])
+        return all(version_of(entry) == check.expect for entry, check in zip(found, checks, strict=True))
+
+
+class Births:
+    """The birth keys of one collection, and the deletions of what belongs to its records."""
+
+    def __init__(self, family: Family, repository: Repository[Any], *, beside: Beside | None = None) -> None:
+        """``beside``: removes what is kept beside a record, where batches are not atomic."""
+        self.kind: str = repository.name
+        self.repository = repository
+        self._family = family
+        self._store = family.store
+        self.prefix: str = keys.meta_prefix(family.space, self.kind, "birth")
+        self.deleting_prefix: str = keys.meta_prefix(family.space, self.kind, "deleting")
+        self.deletions = Deletions(family.store, repository, self.prefix, self.deleting_prefix, beside)
+        self._known: OrderedDict[str, Check] = OrderedDict()
+        family.births[self.kind] = self
+
+    def also(self, cascade: Cascade) -> None:
+        """Let ``cascade`` remove what belongs to a deleted record."""
+        self.deletions.cascades.append(cascade)
+
+    async def check(self, id: str) -> Check:
+        """Return the condition that the record of ``id`` lives, for every batch below it.
+
+        Raises:
+            ParentGone: there is no such record, as far as is known here.
+        """
+        part = keys.encode(id)
+        found = self._known.get(part)
+        if found is None:
+            [entry] = await self._store._entries([self.prefix + part])
+            if entry is None:
+                raise ParentGone(self.kind, id)
+            found = Check(entry.key, entry.version)
+            self.remember(part, found)
+        return found
+
+    async def check_or_absent(self, id: str) -> tuple[Check, ...]:
+        """Return the condition that the record of ``id`` lives, or that there is none, as it is now."""
+        part = keys.encode(id)
+        if part in self._known:
+            return (self._known[part],)
+        birth_key, marker_key = self.prefix + part, self.deleting_prefix + part
+        while True:
+            birth, marker = await self._store._entries([birth_key, marker_key])
+            if birth is not None:
+                return (await self.check(id),)
+            if marker is None or marker.value != PENDING:
+                return Check(birth_key, ABSENT), Check(marker_key, version_of(marker))
+            await self.deletions.finish(part)
+
+    def remember(self, part: str, check: Check) -> None:
+        """Spare the next check a read."""
+        self._known[part] = check
+        if len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+
+    def forget(self, key: str) -> bool:
+        """As `Family.forget`."""
+        for prefix in (self.prefix, self.deleting_prefix):
+            if key.startswith(prefix):
+                self._known.pop(key[len(prefix) :], None)
+                return True
+        return False
+
+    async def bear(
+        self,
+        part: str,
+        record: Any,
+        checks: Callable[[], Awaitable[Sequence[Check]]],
+        beside: Callable[[Entry | None], list[Op]] | None = None,
+        beside_key: str = "",
+    ) -> tuple[Check, bytes]:
+        """Create a record with its birth key; return the check of that and the version of what is beside it.
+
+        Args:
+            part: the record's encoded id.
+            checks: asks for what the record's own parents have to fulfil, again after each conflict.
+            beside: what is written with it, made of what lies at ``beside_key`` already.
+
+        Raises:
+            UniqueConflict: there is a record of this id, or of a unique value.
+            ParentGone: as ``checks`` does.
+        """
+        if not self._family.atomic:
+            return await self._bear_in_order(part, record, checks, beside, beside_key)
+        key, writer = self.repository._prefix + part, atomic_writer(self.repository)
+        birth_key, marker_key = self.prefix + part, self.deleting_prefix + part
+        more = [] if beside is None else beside(None)
+        for attempt in range(_ATTEMPTS):
+            also = [Check(marker_key, ABSENT), Put(birth_key, _BIRTH, ABSENT), *more, *await checks()]
+            try:
+                version = await writer.save(part, record, expect=ABSENT, also=also)
+            except UniqueConflict:
+                raise
+            except Conflict as conflict:
+                if conflict.key in (birth_key, key):
+                    raise taken(part) from conflict
+                if conflict.key == marker_key:
+                    await self.deletions.finish(part, begin_anew=True)
+                elif not self._family.forget(conflict.key):
+                    raise
+                await backoff(attempt)
+                continue
+            check = Check(birth_key, version)
+            self.remember(part, check)
+            return check, version
+        raise Conflict(key, ABSENT)
+
+    async def _bear_in_order(
+        self,
+        part: str,
+        record: Any,
+        checks: Callable[[], Awaitable[Sequence[Check]]],
+        beside: Callable[[Entry | None], list[Op]] | None,
+        beside_key: str,
+    ) -> tuple[Check, bytes]:
+        """Birth key and what is beside first, the record last: a record that can be seen can be written to."""
+        key, birth_key = self.repository._prefix + part, self.prefix + part
+        self.repository._codec.encode(key, record)  # what cannot be kept fails before anything is written
+        await self.deletions.finish(part, begin_anew=True)
+        looked_at = [key, birth_key, *([beside_key] if beside_key else ())]
+        stored, birth, *old = await self._store._entries(looked_at)
+        if live(stored) is not None:
+            raise taken(part)
+        conditions = await checks()
+        version = b""
+        try:
+            if birth is None:
+                version = await self._store._commit([Put(birth_key, _BIRTH, ABSENT)])
+            beside_version = b"" if beside is None else await self._store._commit(beside(old[0]))
+            await ordered_writer(self.repository).save(part, record, old=stored)
+        except UniqueConflict:
+            if birth is None:
+                await self._unborn(part, version)
+            raise
+        except Conflict as conflict:
+            raise taken(part) from conflict
+        check = Check(birth_key, version if birth is None else birth.version)
+        if not await self._family.holds(conditions):
+            for condition in conditions:
+                self._family.forget(condition.key)
+            try:
+                await checks()
+            except ParentGone:
+                await self.kill(part)
+                raise
+        self.remember(part, check)
+        return check, beside_version
+
+    async def _unborn(self, part: str, version: bytes) -> None:
+        """Take back what a creation left that a unique value stopped."""
+        try:
+            await require(self._store, Check(self.prefix + part, version))
+        except Conflict:
+            return
+        await self.deletions.behead(part)
+
+    async def kill(self, part: str, guard: Check | None = None) -> bool:
+        """Delete a record by its encoded id, and everything that belongs to it; False where there was none.
+
+        Args:
+            guard: of the deletion that this one is part of. Its Conflict is let through.
+        """
+        if self._family.atomic:
+            existed = await self._begin(part, guard)
+        else:
+            existed = await self._begin_in_order(part, guard)
+        self.forget(self.prefix + part)
+        await self.deletions.finish(part)
+        return existed
+
+    async def _begin(self, part: str, guard: Check | None) -> bool:
+        writer = atomic_writer(self.repository)
+        key, birth_key, marker_key = self.repository._prefix + part, self.prefix + part, self.deleting_prefix + part
+        for attempt in range(_ATTEMPTS):
+            birth, stored = await self._store._entries([birth_key, key])
+            if birth is None and stored is None:
+                return False
+            also: list[Op] = [Put(marker_key, PENDING), *([] if guard is None else [guard])]
+            if birth is not None:
+                conditional = self._store.capabilities.conditional_delete
+                also.append(Delete(birth_key, birth.version if conditional else None))
+            try:
+                if stored is None:
+                    await self._store._commit(also)
+                elif not await writer.remove(part, also=also):
+                    continue
+            except Conflict as conflict:
+                if guard is not None and conflict.key == guard.key:
+                    raise
+                await backoff(attempt)
+                continue
+            return True
+        raise Conflict(key, None)
+
+    async def _begin_in_order(self, part: str, guard: Check | None) -> bool:
+        if guard is not None:
+            await require(self._store, guard)
+        key, birth_key = self.repository._prefix + part, self.prefix + part
+        birth, stored = await self._store._entries([birth_key, key])
+        if birth is None and live(stored) is None:
+            return False
+        conditional = self._store.capabilities.conditional_delete
+        ops: list[Op] = [Put(self.deleting_prefix + part, PENDING)]  # what follows is finished by whoever sees this
+        if birth is not None:
+            ops.append(Delete(birth_key, birth.version if conditional else None))
+        try:
+            await self._store._commit(ops)
+        except Conflict:  # somebody else deletes it
+            return False
+        return True
+
+
+class Belongs(msgspec.Struct, frozen=True):
+    """What a field of a record names.
+
+    Attributes:
+        field: holds the parent's id; None: there is none.
+        births: of the parent's kind.
+        cascade: the record is deleted with its parent. Needs an index over the field, or the field first in the key.
+        optional: the parent need not be there.
+    """
+
+    field: str
+    births: Births
+    cascade: bool = True
+    optional: bool = False
+
+    async def checks(self, record: Any, before: Any = None) -> tuple[Check, ...]:
+        """Return what the field of ``record`` asks for, nothing where ``before`` has the same there."""
+        id_ = getattr(record, self.field)
+        if id_ is None or (before is not None and getattr(before, self.field) == id_):
+            return ()
+        if self.optional:
+            return await self.births.check_or_absent(id_)
+        return (await self.births.check(id_),)
+
+
+async def checks_of(belongs: Iterable[Belongs], record: Any, before: Any = None) -> tuple[Check, ...]:
+    """Return what has to be so for ``record`` to be written in place of ``before``.
+
+    Raises:
+        ParentGone: a record that it belongs to does not exist.
+    """
+    found: dict[str, Check] = {}
+    for each in belongs:
+        for check in await each.checks(record, before):
+            found[check.key] = check
+    return tuple(found.values())

@@ -1,0 +1,1 @@
+"""How sessions, messages and tool calls are found."""

@@ -1,0 +1,1 @@
+"""Round an agent's run: history in, a turn out."""

@@ -1,0 +1,1 @@
+"""What sessions are made in and of: containers, images, prototypes, providers; and who is logged in."""

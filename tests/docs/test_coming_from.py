@@ -14,9 +14,9 @@ import pytest
 
 import kvpersist
 from kvpersist import PersistenceMiddleware, registry, urls
-from kvpersist.agents.middleware import ThreadHandler
-from kvpersist.agents.runs import StoredAgent
-from kvpersist.agents.threads import ThreadContext
+from kvpersist.agents.runs.middleware import ThreadHandler
+from kvpersist.agents.runs.runs import StoredAgent
+from kvpersist.agents.runs.threads import ThreadContext
 from kvpersist.ops.importers import SYSTEMS as IMPORTED
 
 ROOT = Path(__file__).resolve().parents[2]

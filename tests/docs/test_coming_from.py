@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import cache, reduce
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +44,7 @@ NAMED = {  # what stands on a page without ``db.`` before it
 def sections(system: str) -> dict[str, list[str]]:
     """What users of a system may look for, in its spelling: operations, and names that are none."""
     found: dict[str, list[str]] = {}
+    names: list[str] = []
     for line in (THEIRS / f"{system}.txt").read_text("utf-8").splitlines():
         if heading := re.fullmatch(r"\[(\w+)\]", line):
             names = found[heading[1]] = []
@@ -151,7 +153,7 @@ async def test_what_a_page_names_of_ours_exists_and_takes_the_arguments_it_names
 
     async with kvpersist.open("memory://") as db:
         for path, name, arguments in calls:
-            owner = db if path else NAMED.get(name) or kvpersist
+            owner: Any = db if path else NAMED.get(name) or kvpersist
             if not path and not hasattr(owner, name):
                 continue  # one of theirs
             called = reduce(getattr, (path or name).split("."), owner)

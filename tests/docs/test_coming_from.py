@@ -62,8 +62,13 @@ def script(system: str) -> Path:
 
 
 def run(system: str, *arguments: str, cwd: Path) -> list[str]:
-    """The lines that a script prints; warnings are errors."""
-    command = [sys.executable, "-W", "error", str(script(system)), *arguments]
+    """The lines that a script prints."""
+    return python(str(script(system)), *arguments, cwd=cwd)
+
+
+def python(*arguments: str, cwd: Path) -> list[str]:
+    """The lines that a program prints; warnings are errors."""
+    command = [sys.executable, "-W", "error", *arguments]
     env = {name: value for name, value in os.environ.items() if not name.startswith("KVPERSIST_")}
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=110, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -112,7 +117,7 @@ def test_the_script_of_a_page_performs_every_operation_in_order(system: str, whe
         assert printed[0] == "conversations new here: 200, messages: 5308"
 
 
-def test_a_script_runs_again_on_the_same_store_and_on_one_without_transactions(tmp_path: Path) -> None:
+def test_a_script_runs_again_on_the_same_store_of_files(tmp_path: Path) -> None:
     where = f"file://{tmp_path}/folder?kv.durability=normal"
 
     first, second = [run("kode", where, cwd=tmp_path) for _ in range(2)]
@@ -122,6 +127,24 @@ def test_a_script_runs_again_on_the_same_store_and_on_one_without_transactions(t
         "conversations new here: 1, messages: 16",
         "conversations new here: 0, messages: 0",
     )
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_script_performs_the_same_where_batches_are_not_atomic(system: str, tmp_path: Path) -> None:
+    ordered = f"""
+import asyncio, runpy, sys
+sys.path.insert(0, {str(PAGES)!r})
+import steps
+from kvpersist.testing.faults import FaultyDriver
+from kvpersist_drivers.memory import MemoryDriver
+runpy.run_path({str(script(system))!r})
+driver = FaultyDriver(MemoryDriver(), without={{"atomic_batch", "reverse", "deref"}})
+asyncio.run(steps.perform("it", driver))
+"""
+
+    printed = python("-c", ordered, cwd=tmp_path)
+
+    assert performed(printed) == performed(run(system, cwd=tmp_path))
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -166,6 +166,8 @@ class OrderedTurns:
                         parent = hold.parent
                     amends.append(Recount())
                     continue
+                if isinstance(item, (Begin, End, EditCall)):  # what a crash keeps from being counted no number tells
+                    parent = await self._doubted(part, parent)
                 results.append(await self._other(session_id, part, parent, draft, item))
                 amends.append(Recount())
             except UniqueConflict as error:

@@ -156,6 +156,8 @@ class Providers(Records[Provider]):
     def _sealed(self, secret: Any, id_: str) -> bytes:
         if not isinstance(secret, str) or not secret:
             raise BadRequest("a secret is a text that is not empty")
+        if any("\ud800" <= char <= "\udfff" for char in secret):  # an error of the codec would hold the secret
+            raise BadRequest("a secret is a text; this one holds half of a surrogate pair")
         return self._secrets.seal(secret, self._context(id_))
 
     def _with(self, record: Provider, secret: str | None) -> Provider:

@@ -93,13 +93,17 @@ class _Loop:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
+    def check_thread(self) -> None:
+        """Raise BadRequest in the thread of the event loop."""
+        if threading.current_thread() is self._thread:
+            raise BadRequest("a blocking call from the thread of the event loop would wait for itself")
+
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run to its end in the loop; what interrupts the wait cancels it first."""
         try:
             if self._process != os.getpid():
                 raise ForkedStore
-            if threading.current_thread() is self._thread:
-                raise BadRequest("a blocking call from the thread of the event loop would wait for itself")
+            self.check_thread()
             if self._loop.is_closed():
                 raise StoreClosed
         except Exception:
@@ -190,6 +194,7 @@ class _Opened(_Blocking):
 
     def close(self) -> None:
         """Close it; a second call does nothing."""
+        self._loop.check_thread()  # before it takes leave: the loop would end under the call that is under way
         if not self._left.acquire(blocking=False):  # kept: it is closed once
             return
         try:

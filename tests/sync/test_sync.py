@@ -139,6 +139,19 @@ def test_a_call_from_the_thread_of_the_loop_is_refused_instead_of_waiting_for_it
     assert db.sessions.get(session.id) == session
 
 
+def test_closing_from_the_thread_of_the_loop_is_refused_and_closes_nothing(db: Any) -> None:
+    db.sessions.create(id="a")
+
+    def closes(session: Any) -> Any:
+        db.close()
+        return session
+
+    with pytest.raises(BadRequest, match="wait for itself"):
+        db.sessions.update("a", closes)
+
+    assert db.sessions.get("a") is not None
+
+
 def test_threads_that_append_at_once_lose_nothing(db: Any) -> None:
     session = db.sessions.create()
 

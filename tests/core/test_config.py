@@ -386,3 +386,8 @@ async def test_logs_end_where_the_store_cannot_be_opened(home: Path, tmp_path: P
         await kvpersist.open("nosuch://x", home=tmp_path, logs=True)
 
     assert logging.getLogger("kvpersist").handlers == []
+
+
+def test_a_home_of_a_user_that_is_not_there_is_refused() -> None:
+    with pytest.raises(BadOption, match="no such user"):
+        Home("~nobody-of-this-name/agents")

@@ -25,7 +25,7 @@ from kvpersist.agents.workspace.login_sessions import LoginSession
 from kvpersist.agents.workspace.prototypes import Prototype
 from kvpersist.agents.workspace.providers import Provider
 from kvpersist.changes import Change
-from kvpersist.driver import Absent, Capabilities, Driver
+from kvpersist.driver import Absent, Capabilities, Check, Driver
 from kvpersist.errors import CorruptRecord, LargeValue
 from kvpersist.events.records import Claimed, EventEntry, GroupStats, Lag, Parked, TopicStats
 from kvpersist.home import Home
@@ -174,6 +174,8 @@ class Containers:
         """Set some keys of the metadata and leave the others; None where there is no such record."""
     def delete(self, id: Any) -> bool:
         """Delete the record and everything that belongs to it; False where there was none."""
+    def check(self, id: str | UUID) -> Check:
+        """As `Births.check`."""
 
 class EventGroup:
     """Consumers that share the events of one topic. Made by `EventQueue.group`."""
@@ -269,6 +271,8 @@ class Images:
         """Set some keys of the metadata and leave the others; None where there is no such record."""
     def delete(self, id: Any) -> bool:
         """Delete the record and everything that belongs to it; False where there was none."""
+    def check(self, id: str | UUID) -> Check:
+        """As `Births.check`."""
 
 class LargeReader:
     """A value, piece by piece: iterate over it, or `read`."""

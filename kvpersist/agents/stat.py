@@ -110,6 +110,10 @@ class Draft:
         if not self.roles[role]:
             del self.roles[role]
 
+    def leave_off(self, last: int) -> None:
+        """Numbers above ``last`` only are given out."""
+        self.last = max(self.last, last)
+
     def touch(self, at: datetime | None) -> None:
         """The session changed ``at`` some time."""
         if at is not None and at > self.updated_at:

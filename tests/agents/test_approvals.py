@@ -282,6 +282,20 @@ async def test_calls_are_replaced_by_their_places(db: Persistence, driver: Any, 
     await sound(db)
 
 
+async def test_the_next_message_stands_above_calls_that_were_put_above_the_last_one(
+    db: Persistence, session: str, sound: Sound
+) -> None:
+    before = await db.tool_calls.of(session)
+    early = ToolCall(session_id="", number=before[0].number + 7, position=0, name="early")
+
+    await db.tool_calls.replace_all(session, [*before, early])
+
+    asking = await db.messages.append(session, Message("assistant", tool_calls=[ToolCallPart("z", "t")]))
+    assert asking.number == early.number + 1
+    assert [call.name for call in await db.tool_calls.of(session)][-2:] == ["early", "t"]
+    await sound(db)
+
+
 async def test_replacing_answered_calls_stores_no_result_twice(
     db: Persistence, driver: Any, session: str, sound: Sound
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -214,3 +215,26 @@ async def test_a_fork_under_way_is_not_removed_by_another_opening(
         [fork] = await db.sessions.fork("s")
 
         assert await db.messages.count(fork.id) == 6
+
+
+async def test_what_is_said_while_a_fork_is_made_is_copied_whole_or_not_at_all(db: Persistence, sound: Sound) -> None:
+    async def say(id_: str) -> None:
+        for name in "abcd":
+            await db.messages.append(id_, asks(name))
+            await db.messages.append(id_, answers(name))
+
+    for steps in range(12):
+        parent = (await db.sessions.create()).id
+        await db.messages.append(parent, Message("user", "q"))
+        talking = asyncio.create_task(say(parent))
+        for _ in range(2 * steps):
+            await asyncio.sleep(0)
+
+        [fork] = await db.sessions.fork(parent)
+
+        await talking
+        copied = {message.number for message in await db.messages.range(fork.id)}
+        for call in await db.tool_calls.of(fork.id):
+            assert call.number in copied
+            assert call.result_number is None or call.result_number in copied
+    await sound(db)

@@ -13,6 +13,7 @@ import kvpersist
 from kvpersist import Index, Message, ToolCallPart, at_least, at_most, between, keys
 from kvpersist.agents.persistence import Persistence
 from kvpersist.agents.records import Approval, ToolCall
+from kvpersist.agents.workspace.containers import Container
 from kvpersist.driver import Delete, Put
 from kvpersist.errors import BadCursor, BadRequest, CorruptRecord, IndexNotReady, NoIndex
 from kvpersist.testing import ManualClock
@@ -48,6 +49,12 @@ async def turn(db: Persistence, session: str, *names: str, minutes: float = 0, e
 
 @pytest.mark.parametrize("owner", OWNERS)
 async def test_sessions_are_found_by_each_owner_newest_first(db: Persistence, driver: Any, owner: str) -> None:
+    for name in ("o0", "o1"):  # these have to be there
+        if owner == "container_id":
+            await db.containers.create(id=name)
+        elif owner == "image_id":
+            await db.containers.save(Container(id="c"))
+            await db.images.create(id=name, container_id="c")
     for n in range(6):
         await db.sessions.create(id=f"s{n}", created_at=at(n), **{owner: f"o{n % 2}"})
     await db.sessions.find(**{owner: "warm"})

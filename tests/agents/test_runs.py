@@ -346,7 +346,10 @@ async def test_the_kind_of_a_response_is_kept(db: Persistence, response: Any) ->
     await with_storage(lambda message: response, db).run("hi", thread_id="t")
 
     [_, answer] = await db.threads.history("t")
-    assert answer.extra == {"responseType": "execute"}
+    assert (answer.metadata, answer.extra) == (
+        {"response_type": "execute"},
+        None,
+    )  # as it is imported from storage-prisma
     assert answer.content == response.get("message", '{"type":"execute","steps":[1]}')
 
 

@@ -34,7 +34,7 @@ _RENAMED = {
 }
 _DROPPED = ("Awaitable", "Coroutine", "Opening")  # they stand for what comes of them, their last argument
 _HIDDEN = {  # the layer below, and the way back up
-    "Parents": {"births", "check"},
+    "Parents": {"births"},
     "Persistence": {"placement"},
     "Records": {"repository"},
     "Store": {"driver"},

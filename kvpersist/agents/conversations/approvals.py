@@ -163,7 +163,8 @@ class CallStates:
     async def replace_all(self, session_id: str | UUID, calls: Iterable[ToolCall]) -> int:
         """Make a session's calls the given ones, by their places, writing only what differs.
 
-        Places are ``(number, position)``; messages stay as they are. A result that stands in a message
+        Places are ``(number, position)``; messages stay as they are, and the next one has a number above
+        those of the calls. A result that stands in a message
         (``result_number``) is not stored again. Up to 1,000 changes are one batch.
 
         Returns:

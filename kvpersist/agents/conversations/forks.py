@@ -84,7 +84,10 @@ class Forks:
         forks: _Sessions = []
         try:
             for _ in range(count):
-                [entry] = await self._all.store._entries([self._all.session_prefix + keys.encode(parent_id)])
+                part = keys.encode(parent_id)
+                entry, stat = await self._all.store._entries(
+                    [self._all.session_prefix + part, self._all.stat_prefix + part]
+                )
                 entry = live(entry)
                 if entry is None:
                     raise ParentGone("session", parent_id)
@@ -94,7 +97,13 @@ class Forks:
                 session, updated_at = new_session(inherited | fields, self._all.now())
                 making = Making(self._all, self._turns, session, updated_at)
                 made.append(making)
-                session.forked_at = await self._copy(parent_id, making, after, last)
+                end = last  # what is said from here on is not copied, nor what it asks for or answers
+                if stat is not None:
+                    known = self._all.stat_of(stat)
+                    if isinstance(self._turns, OrderedTurns):
+                        known = await self._turns.stat(parent_id, known)
+                    end = min(last, known.last)
+                session.forked_at = await self._copy(parent_id, making, after, end)
                 forks.append(await making.finish())
         except BaseException:  # cancelled too
             for fork in forks:
@@ -120,7 +129,7 @@ class Forks:
             if len(page) == _PAGE:
                 await self._add(making, part, page, first, copied, last)
                 first, page = copied + 1, []
-        await self._add(making, part, page, first, min(last, _ANY_NUMBER), last)
+        await self._add(making, part, page, first, last, last)
         return copied
 
     async def _add(self, making: Making, part: str, page: list[Message], first: int, end: int, last: int) -> None:

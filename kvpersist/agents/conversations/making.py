@@ -121,7 +121,7 @@ class Making:
 
     def leave_off(self, last: int) -> None:
         """The session gives out numbers above ``last`` only."""
-        self._draft.last = max(self._draft.last, last)
+        self._draft.leave_off(last)
 
     async def finish(self) -> Session:
         """Store the session itself, from when on it can be seen, and return it.

@@ -486,6 +486,7 @@ class OrderedTurns:
                 [entry] = await self._store._entries([every.call_prefix + pk])
             await ordered_writer(every.tool_calls).save(pk, call, old=entry)
             draft.count(before, call)
+            draft.leave_off(call.number)
         if plan.remove or plan.put:
             draft.touch(item.at or every.now())
         return Rewritten(len(plan.remove), again=plan.again)
@@ -572,7 +573,9 @@ class OrderedTurns:
             last = max(last, keys.decode(entry.key[len(prefix) :], int))
         draft.last = last
         async for entry in every.calls_of(part, 0, _ANY_NUMBER):
-            draft.count(None, every.tool_calls._codec.decode(entry.key, entry.value))
+            call = every.tool_calls._codec.decode(entry.key, entry.value)
+            draft.count(None, call)
+            draft.leave_off(call.number)
         draft.unsure = False
 
     async def _alive(self, key: str) -> Entry | None:

@@ -115,7 +115,9 @@ class Turns:
                 draft.messages += 1
         async for entry in every.calls_of(part, 0, _ANY_NUMBER):
             with suppress(CorruptRecord):
-                draft.count(None, every.tool_calls._codec.decode(entry.key, entry.value))
+                call = every.tool_calls._codec.decode(entry.key, entry.value)
+                draft.count(None, call)
+                draft.leave_off(call.number)
         return draft.done(None)
 
     async def _build(self, session_id: str, parent: Parent, items: list[Item]) -> Built[Parent, Any]:
@@ -452,6 +454,7 @@ class Round:
             self._calls[pk] = entry, call
             before = None if entry is None else every.tool_calls._codec.decode(entry.key, entry.value)
             self._draft.count(before, call)
+            self._draft.leave_off(call.number)
         if plan.remove or plan.put:
             self._draft.touch(item.at or every.now())
         return Rewritten(len(plan.remove), again=plan.again)

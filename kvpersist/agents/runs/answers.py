@@ -72,7 +72,7 @@ class Answer:
                     role="assistant",
                     content=step.content,
                     tool_calls=list(step.calls) or None,
-                    extra=None if kind is None else {"responseType": kind},
+                    metadata=None if kind is None else {"response_type": kind},
                 )
                 made.append(said)
             made += step.results

@@ -12,7 +12,7 @@ import msgspec
 from kvpersist.agents.persistence import Persistence
 from kvpersist.agents.workspace.providers import Provider
 from kvpersist.errors import BadOption, BadRequest, Conflict, ParentGone, UniqueConflict
-from kvpersist.ops.importers.plan import Problem, Record, object_or_none
+from kvpersist.ops.importers.plan import Problem, Record, list_or_none, object_or_none
 
 __all__ = ["Outcome", "Records"]
 
@@ -153,4 +153,12 @@ def _equal(wanted: Any, stored: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    return json.dumps(msgspec.to_builtins(value), sort_keys=True, default=str)
+    return json.dumps(msgspec.to_builtins(_whole(value)), sort_keys=True, default=str)
+
+
+def _whole(value: Any) -> Any:
+    """The value with every field of what is in it: ``to_builtins`` leaves out a default or not, by its identity."""
+    if isinstance(value, msgspec.Struct):
+        return {name: _whole(getattr(value, name)) for name in value.__struct_fields__}
+    listed = list_or_none(value)
+    return value if listed is None else [_whole(each) for each in listed]

@@ -18,7 +18,7 @@ from kvpersist.events import EventQueue
 from kvpersist.events.records import NewEvent
 from kvpersist.ops.importers.plan import ConsumerPosition, Events, Problem
 
-__all__ = ["Topics"]
+__all__ = ["OnProblem", "Topics"]
 
 _PAGE: Final = 250  # events read or written at once
 

@@ -72,6 +72,19 @@ async def test_an_agent_keeps_what_is_known_of_it(db: Persistence, source: str) 
     assert report.whole, report.problems
 
 
+async def test_a_todo_that_waits_is_the_same_when_it_is_imported_again(db: Persistence, folder: Path) -> None:
+    todo = {"id": "t1", "title": "Look", "status": "pending", "createdAt": layout.BEGAN, "updatedAt": layout.BEGAN}
+    place = folder / "agt-waits" / "runtime" / "todos.json"
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps({"todos": [todo], "version": 1, "updatedAt": layout.BEGAN}))
+    place.parent.with_name("meta.json").write_text(json.dumps({"agentId": "agt-waits"}))
+
+    reports = [await brought(db, f"kode:{folder}") for _ in range(2)]
+
+    assert [(report.differing, report.problems) for report in reports] == [([], []), ([], [])]
+    assert [report.verified and report.verified.missing_records for report in reports] == [[], []]
+
+
 async def test_messages_keep_their_order_and_their_blocks(db: Persistence, source: str) -> None:
     await brought(db, source)
 

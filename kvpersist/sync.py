@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Generator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from functools import cache
 from typing import Any, Final, Self, cast
@@ -64,11 +64,12 @@ class _Loop:
     """The thread with the event loop that everything of this process shares while something is open."""
 
     _shared: _Loop | None = None
-    _lock = threading.Lock()
+    _lock = threading.RLock()  # the collector may end an iteration, which calls `run`, in whoever holds it
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._users = 0
+        self._ended = False
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="kvpersist-sync", daemon=True)
         self._thread.start()
@@ -90,6 +91,7 @@ class _Loop:
                 return
             if _Loop._shared is self:
                 _Loop._shared = None
+            self._ended = True
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
@@ -104,32 +106,50 @@ class _Loop:
             if self._process != os.getpid():
                 raise ForkedStore
             self.check_thread()
-            if self._loop.is_closed():
-                raise StoreClosed
+            with self._lock:  # what is handed over is before the stop of the loop, and is ended with it
+                if self._ended:
+                    raise StoreClosed
+                future: Future[Any] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         except Exception:
             coroutine.close()
             raise
-        future: Future[Any] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
+        except CancelledError:
+            if self._ended:
+                raise StoreClosed from None
+            raise
         except BaseException:
             future.cancel()  # where it has ended, this does nothing
             raise
+
+    def usable(self) -> bool:
+        """Whether `run` can be called here."""
+        return not self._ended and self._process == os.getpid() and threading.current_thread() is not self._thread
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_forever()
+            self._loop.run_until_complete(_cancel_others())
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
         finally:
             self._loop.close()
 
 
+async def _cancel_others() -> None:
+    """End the calls of other threads that are still under way: they would wait for ever."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
 def _after_fork() -> None:
     """The thread is not in the child: what it opens gets a loop of its own."""
     _Loop._shared = None
-    _Loop._lock = threading.Lock()
+    _Loop._lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -293,5 +313,5 @@ def _iterated(loop: _Loop, iterable: Any) -> Generator[Any]:
         while (item := loop.run(_next(iterator))) is not _END:
             yield item
     finally:
-        if inspect.isasyncgen(iterator) or hasattr(iterator, "aclose"):
+        if loop.usable() and hasattr(iterator, "aclose"):  # otherwise the loop has ended it, or will
             loop.run(iterator.aclose())

@@ -26,6 +26,7 @@ from kvpersist.store import open_store
 __all__ = ["open_store_sync", "open_sync"]
 
 _END: Final = object()
+_CLOSED: Final = "the store was closed: open it again"
 
 
 def open_sync(where: Any = None, **options: Any) -> Any:
@@ -104,11 +105,11 @@ class _Loop:
         """Run to its end in the loop; what interrupts the wait cancels it first."""
         try:
             if self._process != os.getpid():
-                raise ForkedStore
+                raise ForkedStore("this store was opened before a fork: open it again in the child")
             self.check_thread()
             with self._lock:  # what is handed over is before the stop of the loop, and is ended with it
                 if self._ended:
-                    raise StoreClosed
+                    raise StoreClosed(_CLOSED)
                 future: Future[Any] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         except Exception:
             coroutine.close()
@@ -117,7 +118,7 @@ class _Loop:
             return future.result()
         except CancelledError:
             if self._ended:
-                raise StoreClosed from None
+                raise StoreClosed(_CLOSED) from None
             raise
         except BaseException:
             future.cancel()  # where it has ended, this does nothing

@@ -102,6 +102,10 @@ class UrlParts(msgspec.Struct, frozen=True, kw_only=True):
     def __repr__(self) -> str:
         return f"UrlParts({redact(self.url)!r})"
 
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        """Rich would show every field, a password too."""
+        return [("url", redact(self.url))]
+
 
 class Target(msgspec.Struct, frozen=True):
     """What to open: a driver's scheme and typed options, and the store's settings that were given.
@@ -116,6 +120,10 @@ class Target(msgspec.Struct, frozen=True):
 
     def __repr__(self) -> str:
         return f"Target({self.shown!r})"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        """Rich would show every field, a password too."""
+        return [("shown", self.shown)]
 
 
 def parse(where: Where, *, also: Sequence[str] = ()) -> Target:

@@ -60,7 +60,7 @@ _DURATION: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d|w)")
 _CHAIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://[^?#]*)?::[A-Za-z][A-Za-z0-9+.-]*(://|::)")  # of two URLs
 _SQLITE_FILE: Final = (".db", ".sqlite", ".sqlite3")
 _SECRET: Final = re.compile(
-    r"(?i)(pass|secret|token|credential|signature|api_?key|access_?key|account_?key|connection_?string|^sig$|^key$)"
+    r"(?i)(pass|secret|token|credential|signature|api[_-]?key|access[_-]?key|account[_-]?key|connection_?string|^sig$|^key$)"
 )
 _PIECES: Final = ("url", "host", "port", "username", "password", "path", "params", "name")
 

@@ -56,6 +56,7 @@ async def test_a_provider_comes_back_as_it_was_created(db: Persistence) -> None:
         {"protocol": "grpc"},
         {"is_default": True},
         {"base_url": "https://user:pass@x.test"},
+        {"base_url": f"https://x.test/v1?api-key={SECRET}"},
         {"base_url": "https://[x"},
         {"api_key": SECRET},
         {"secret_ref": SECRET},

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import msgspec
 
-from kvpersist import keys
+from kvpersist import keys, urls
 from kvpersist.agents.births import Belongs, Births, Family, checks_of
 from kvpersist.agents.family import Records
 from kvpersist.agents.records import new_id
@@ -239,8 +239,9 @@ def _not_default(provider: Provider) -> Provider:
 
 def _refuse_password(url: str) -> None:
     try:
-        secret = urlsplit(url).password is not None or urlsplit(url).username is not None
+        parts = urlsplit(url)
+        secret = parts.password is not None or parts.username is not None or urls.redact(url) != url
     except ValueError as error:
         raise BadRequest("base_url is not a URL") from error
     if secret:
-        raise BadRequest("base_url holds a user or password, which would be stored in clear: give it as secret=")
+        raise BadRequest("base_url holds a user, password or key, which would be stored in clear: give it as secret=")

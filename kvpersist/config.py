@@ -111,6 +111,10 @@ class Resolved(msgspec.Struct, frozen=True, dict=True):
     def __repr__(self) -> str:
         return f"Resolved({_shown(self.where)!r} from {self.source})"
 
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        """Rich would show every field, a password too."""
+        return [("where", _shown(self.where)), ("source", self.source)]
+
 
 def resolve(
     where: urls.Where | None = None,

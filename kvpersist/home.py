@@ -42,11 +42,14 @@ class Home:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """
         Raises:
-            BadOption: it is empty.
+            BadOption: it is empty, or in the home of a user that is not there.
         """
         if not os.fspath(path):
             raise BadOption("home", "it is empty: name a folder")
-        self.path = Path(path).expanduser().absolute()
+        try:
+            self.path = Path(path).expanduser().absolute()
+        except RuntimeError as error:
+            raise BadOption("home", f"{os.fspath(path)}: there is no such user: name a folder") from error
 
     def __repr__(self) -> str:
         return f"Home({str(self.path)!r})"

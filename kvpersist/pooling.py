@@ -32,6 +32,10 @@ class PoolOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     connect_timeout: Annotated[float, Meta(gt=0)] = 5.0
     ssl: Any = None
 
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        """Rich would show every field, a password too."""
+        return []
+
 
 def ssl_context(ssl: Any) -> tls.SSLContext | None:
     """Return the context that option ``ssl`` means, None for a plain connection.

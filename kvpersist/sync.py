@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Generator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from functools import cache
 from typing import Any, Final, Self, cast
@@ -26,6 +26,7 @@ from kvpersist.store import open_store
 __all__ = ["open_store_sync", "open_sync"]
 
 _END: Final = object()
+_CLOSED: Final = "the store was closed: open it again"
 
 
 def open_sync(where: Any = None, **options: Any) -> Any:
@@ -64,11 +65,12 @@ class _Loop:
     """The thread with the event loop that everything of this process shares while something is open."""
 
     _shared: _Loop | None = None
-    _lock = threading.Lock()
+    _lock = threading.RLock()  # the collector may end an iteration, which calls `run`, in whoever holds it
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._users = 0
+        self._ended = False
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="kvpersist-sync", daemon=True)
         self._thread.start()
@@ -90,42 +92,65 @@ class _Loop:
                 return
             if _Loop._shared is self:
                 _Loop._shared = None
+            self._ended = True
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+
+    def check_thread(self) -> None:
+        """Raise BadRequest in the thread of the event loop."""
+        if threading.current_thread() is self._thread:
+            raise BadRequest("a blocking call from the thread of the event loop would wait for itself")
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run to its end in the loop; what interrupts the wait cancels it first."""
         try:
             if self._process != os.getpid():
-                raise ForkedStore
-            if threading.current_thread() is self._thread:
-                raise BadRequest("a blocking call from the thread of the event loop would wait for itself")
-            if self._loop.is_closed():
-                raise StoreClosed
+                raise ForkedStore("this store was opened before a fork: open it again in the child")
+            self.check_thread()
+            with self._lock:  # what is handed over is before the stop of the loop, and is ended with it
+                if self._ended:
+                    raise StoreClosed(_CLOSED)
+                future: Future[Any] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         except Exception:
             coroutine.close()
             raise
-        future: Future[Any] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
+        except CancelledError:
+            if self._ended:
+                raise StoreClosed(_CLOSED) from None
+            raise
         except BaseException:
             future.cancel()  # where it has ended, this does nothing
             raise
+
+    def usable(self) -> bool:
+        """Whether `run` can be called here."""
+        return not self._ended and self._process == os.getpid() and threading.current_thread() is not self._thread
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_forever()
+            self._loop.run_until_complete(_cancel_others())
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
         finally:
             self._loop.close()
 
 
+async def _cancel_others() -> None:
+    """End the calls of other threads that are still under way: they would wait for ever."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
 def _after_fork() -> None:
     """The thread is not in the child: what it opens gets a loop of its own."""
     _Loop._shared = None
-    _Loop._lock = threading.Lock()
+    _Loop._lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -190,6 +215,7 @@ class _Opened(_Blocking):
 
     def close(self) -> None:
         """Close it; a second call does nothing."""
+        self._loop.check_thread()  # before it takes leave: the loop would end under the call that is under way
         if not self._left.acquire(blocking=False):  # kept: it is closed once
             return
         try:
@@ -288,5 +314,5 @@ def _iterated(loop: _Loop, iterable: Any) -> Generator[Any]:
         while (item := loop.run(_next(iterator))) is not _END:
             yield item
     finally:
-        if inspect.isasyncgen(iterator) or hasattr(iterator, "aclose"):
+        if loop.usable() and hasattr(iterator, "aclose"):  # otherwise the loop has ended it, or will
             loop.run(iterator.aclose())

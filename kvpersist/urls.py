@@ -60,7 +60,7 @@ _DURATION: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d|w)")
 _CHAIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://[^?#]*)?::[A-Za-z][A-Za-z0-9+.-]*(://|::)")  # of two URLs
 _SQLITE_FILE: Final = (".db", ".sqlite", ".sqlite3")
 _SECRET: Final = re.compile(
-    r"(?i)(pass|secret|token|credential|signature|api_?key|access_?key|account_?key|connection_?string|^sig$|^key$)"
+    r"(?i)(pass|secret|token|credential|signature|api[_-]?key|access[_-]?key|account[_-]?key|connection_?string|^sig$|^key$)"
 )
 _PIECES: Final = ("url", "host", "port", "username", "password", "path", "params", "name")
 
@@ -102,6 +102,10 @@ class UrlParts(msgspec.Struct, frozen=True, kw_only=True):
     def __repr__(self) -> str:
         return f"UrlParts({redact(self.url)!r})"
 
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        """Rich would show every field, a password too."""
+        return [("url", redact(self.url))]
+
 
 class Target(msgspec.Struct, frozen=True):
     """What to open: a driver's scheme and typed options, and the store's settings that were given.
@@ -116,6 +120,10 @@ class Target(msgspec.Struct, frozen=True):
 
     def __repr__(self) -> str:
         return f"Target({self.shown!r})"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        """Rich would show every field, a password too."""
+        return [("shown", self.shown)]
 
 
 def parse(where: Where, *, also: Sequence[str] = ()) -> Target:

@@ -30,7 +30,7 @@ from kvpersist.cli.render import (
     write,
     write_bytes,
 )
-from kvpersist.cli.systems import import_system, is_system, looked_into, plain_system_import
+from kvpersist.cli.systems import import_system, is_system, looked_into, plain_system_import, refuse_url
 from kvpersist.cli.timeline import content_text, print_timeline
 from kvpersist.errors import BadOption, CorruptRecord
 from kvpersist.ops.chat_export import ExportFormat, export_session
@@ -97,6 +97,7 @@ async def import_(
     for path in paths:
         if path.startswith("-") and path != "-":
             raise BadOption(path, "there is no such option; a file of that name is ./" + path)
+        refuse_url(path)
     systems = [path for path in paths if is_system(path)]
     only_files = {"format": format != "auto", "new": new}
     only_systems = {"dry-run": dry_run, "files": files is not None, "secrets": secrets is not None}

@@ -6,6 +6,7 @@ import kvpersist
 from kvpersist.agents.health import StoreHealth
 from kvpersist.cli.options import FOR_PEOPLE, USUAL_STORE, Output, StoreOption
 from kvpersist.cli.render import print_json, print_rows, say
+from kvpersist.errors import BadOption
 
 __all__ = ["health"]
 
@@ -23,11 +24,13 @@ async def health(
 
     Args:
         url: the store; default: the usual one.
-        timeout: seconds after which a store counts as not answering.
+        timeout: seconds, above 0, after which a store counts as not answering.
         write: write a key, too, and remove it again.
         store: which store.
         output: in which form.
     """
+    if not timeout > 0:
+        raise BadOption("--timeout", f"{timeout:g} is no time to wait: use seconds above 0")
     async with kvpersist.open(store.named(url).existing()) as db:
         found = await db.health(timeout=timeout, write=write)
     if output.json or output.jsonl:

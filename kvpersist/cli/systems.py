@@ -13,10 +13,11 @@ import kvpersist
 from kvpersist.agents.persistence import Persistence
 from kvpersist.cli.options import StoreOption
 from kvpersist.cli.render import counted, progress_bar, say
-from kvpersist.errors import FormatMismatch
+from kvpersist.errors import BadOption, FormatMismatch
 from kvpersist.ops.importers import Source, SystemImport, import_from, names_system, open_source
+from kvpersist.urls import redact
 
-__all__ = ["import_system", "is_system", "looked_into", "plain_system_import"]
+__all__ = ["import_system", "is_system", "looked_into", "plain_system_import", "refuse_url"]
 
 _SHOWN: Final = 50  # problems that are told one by one
 
@@ -24,6 +25,12 @@ _SHOWN: Final = 50  # problems that are told one by one
 def is_system(text: str) -> bool:
     """Whether an argument names a system and a place, rather than a file that is there."""
     return names_system(text) and not os.path.exists(text)
+
+
+def refuse_url(text: str) -> None:
+    """Raise BadOption for a URL without a system: as a file that is not there, it would be shown with its password."""
+    if "://" in text and not names_system(text) and not os.path.exists(text):
+        raise BadOption("FILE", f"{redact(text)} is a URL: write of which system before it, as in prisma:URL")
 
 
 async def import_system(

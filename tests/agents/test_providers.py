@@ -56,6 +56,7 @@ async def test_a_provider_comes_back_as_it_was_created(db: Persistence) -> None:
         {"protocol": "grpc"},
         {"is_default": True},
         {"base_url": "https://user:pass@x.test"},
+        {"base_url": f"https://x.test/v1?api-key={SECRET}"},
         {"base_url": "https://[x"},
         {"api_key": SECRET},
         {"secret_ref": SECRET},
@@ -149,6 +150,23 @@ async def test_no_log_shows_a_secret(db: Persistence, caplog: pytest.LogCaptureF
         await db.providers.secret("p")
 
     assert SECRET not in caplog.text
+
+
+async def test_a_secret_that_is_no_text_is_refused_without_showing_it(db: Persistence) -> None:
+    await db.providers.create(id="p")
+    for write in (
+        db.providers.create(id="new", secret=SECRET + "\udc80"),
+        db.providers.set_secret("p", SECRET + "\udc80"),
+    ):
+        with pytest.raises(BadRequest) as caught:
+            await write
+        assert SECRET not in repr(caught.value) + repr(caught.value.__cause__) + repr(caught.value.__context__)
+
+
+async def test_a_reference_to_a_path_that_cannot_be_is_told_of(db: Persistence) -> None:
+    await db.providers.create(id="p", secret_ref="file:/run/a\0b")
+    with pytest.raises(BadOption):
+        await db.providers.secret("p")
 
 
 async def test_a_reference_is_resolved_when_it_is_asked_for(

@@ -63,3 +63,8 @@ def test_every_command_takes_a_profile(folder: Path, capsys: pytest.CaptureFixtu
     assert "hello" in told and "profile x" in told
     assert (folder / "x.db").exists()
     assert run(["get", "app:a", "--profile", "nosuch"]) == 2
+
+
+def test_a_timeout_of_no_time_is_a_mistake_and_no_sick_store(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["health", "sqlite:///a.db", "--timeout", "0"]) == 2
+    assert "--timeout" in capsys.readouterr().err

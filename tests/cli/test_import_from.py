@@ -174,3 +174,10 @@ async def _opened(text: str, **_: str) -> Any:
             pass
 
     return Opened()
+
+
+def test_a_url_without_its_system_is_refused_without_its_password(kv: Command) -> None:
+    code, out, err = kv("import", "mysql://me:hunter2@h.test/db")
+
+    assert code == 2 and out == ""
+    assert "hunter2" not in err and "prisma:URL" in err

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import kvpersist
-from kvpersist import config, registry
+from kvpersist import config, registry, urls
 from kvpersist.errors import BadKey, BadOption, ReadOnly
 from kvpersist.home import Home
 
@@ -386,3 +386,27 @@ async def test_logs_end_where_the_store_cannot_be_opened(home: Path, tmp_path: P
         await kvpersist.open("nosuch://x", home=tmp_path, logs=True)
 
     assert logging.getLogger("kvpersist").handlers == []
+
+
+def test_a_home_of_a_user_that_is_not_there_is_refused() -> None:
+    with pytest.raises(BadOption, match="no such user"):
+        Home("~nobody-of-this-name/agents")
+
+
+@pytest.mark.parametrize(
+    ("module", "url"),
+    [
+        ("asyncpg", "postgresql://me:hunter2@h.test/db"),
+        ("asyncmy", "mysql://me:hunter2@h.test/db"),
+        ("redis", "redis://me:hunter2@h.test/0"),
+        ("pymongo", "mongodb://me:hunter2@h.test/db"),
+        ("fsspec", "s3://bucket/p?secret=hunter2"),
+    ],
+)
+def test_rich_shows_no_password_either(module: str, url: str) -> None:
+    pretty = pytest.importorskip("rich.pretty").pretty_repr
+    pytest.importorskip(module)
+    target = urls.parse(url)
+
+    for each in (config.resolve(url, environ={}), urls.split(url)[0], target, target.options):
+        assert "hunter2" not in repr(each) + pretty(each)

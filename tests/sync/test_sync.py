@@ -139,6 +139,19 @@ def test_a_call_from_the_thread_of_the_loop_is_refused_instead_of_waiting_for_it
     assert db.sessions.get(session.id) == session
 
 
+def test_closing_from_the_thread_of_the_loop_is_refused_and_closes_nothing(db: Any) -> None:
+    db.sessions.create(id="a")
+
+    def closes(session: Any) -> Any:
+        db.close()
+        return session
+
+    with pytest.raises(BadRequest, match="wait for itself"):
+        db.sessions.update("a", closes)
+
+    assert db.sessions.get("a") is not None
+
+
 def test_threads_that_append_at_once_lose_nothing(db: Any) -> None:
     session = db.sessions.create()
 
@@ -291,3 +304,48 @@ def test_a_type_checker_knows_what_blocking_calls_give(tmp_path: Path) -> None:
     assert 'is "Session"' in done.stdout
     assert 'is "list[Message]"' in done.stdout
     assert 'Cannot access attribute "nothing"' in done.stdout
+
+
+def test_a_call_that_is_under_way_when_another_thread_closes_ends() -> None:
+    begun, outcome = threading.Event(), list[Any]()
+
+    async def agent(message: str) -> str:
+        begun.set()
+        await asyncio.Event().wait()
+        return message
+
+    db = kvpersist.open_sync("memory://")
+    db.sessions.create(id="a")
+
+    def send() -> None:
+        try:
+            outcome.append(db.threads.send("a", "hello", agent=agent))
+        except StoreClosed as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    assert begun.wait(10)
+    db.close()
+    thread.join(10)
+
+    [closed] = outcome
+    assert isinstance(closed, StoreClosed) and "open it again" in str(closed)
+
+
+def test_an_iteration_that_is_left_after_closing_ends_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    with kvpersist.open_sync("memory://") as db:
+        db.sessions.create(id="a")
+        db.messages.append("a", Message(role="user", content="hello"))
+        messages = iter(db.messages.iterate("a"))
+        next(messages)
+    del messages
+
+    assert not told
+
+
+def test_an_agent_with_storage_is_told_of_the_blocking_way() -> None:
+    with kvpersist.open_sync("memory://") as db, pytest.raises(BadRequest, match=r"threads\.send"):
+        kvpersist.with_storage(lambda message: message, db)

@@ -66,6 +66,10 @@ class BucketOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def __repr__(self) -> str:
         return f"BucketOptions(url={redact(self.url)!r}, concurrency={self.concurrency}, grace={self.grace})"
 
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        """Rich would show every field, a password too."""
+        return [("url", redact(self.url))]
+
 
 class Place(Struct, frozen=True):
     """What `BucketOptions` name: ``kind`` is s3, gcs, azure or url, and ``root`` what every name begins with."""
@@ -78,6 +82,10 @@ class Place(Struct, frozen=True):
 
     def __repr__(self) -> str:
         return f"Place({self.where!r})"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        """Rich would show every field, a password too."""
+        return [("where", self.where)]
 
     @classmethod
     def of(cls, options: BucketOptions) -> Place:

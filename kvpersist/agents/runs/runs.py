@@ -80,6 +80,11 @@ class StoredAgent:
         if history_style not in (*STYLES, "records"):
             raise BadOption("history_style", f"{history_style!r} is unknown: use one of {', '.join(STYLES)}, records")
         self._caller = Caller(agent)
+        if not hasattr(db, "_all"):
+            raise BadRequest(
+                "this needs what kvpersist.open gives, not the blocking kind: there, call "
+                "db.threads.send(thread_id, message, agent=agent)"
+            )
         self._db = db
         self._saves, self._loads = auto_save, auto_load_history
         self._limit = _limit(max_history_messages)

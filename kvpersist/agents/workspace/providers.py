@@ -10,7 +10,7 @@ from uuid import UUID
 
 import msgspec
 
-from kvpersist import keys
+from kvpersist import keys, urls
 from kvpersist.agents.births import Belongs, Births, Family, checks_of
 from kvpersist.agents.family import Records
 from kvpersist.agents.records import new_id
@@ -156,6 +156,8 @@ class Providers(Records[Provider]):
     def _sealed(self, secret: Any, id_: str) -> bytes:
         if not isinstance(secret, str) or not secret:
             raise BadRequest("a secret is a text that is not empty")
+        if any("\ud800" <= char <= "\udfff" for char in secret):  # an error of the codec would hold the secret
+            raise BadRequest("a secret is a text; this one holds half of a surrogate pair")
         return self._secrets.seal(secret, self._context(id_))
 
     def _with(self, record: Provider, secret: str | None) -> Provider:
@@ -237,8 +239,9 @@ def _not_default(provider: Provider) -> Provider:
 
 def _refuse_password(url: str) -> None:
     try:
-        secret = urlsplit(url).password is not None or urlsplit(url).username is not None
+        parts = urlsplit(url)
+        secret = parts.password is not None or parts.username is not None or urls.redact(url) != url
     except ValueError as error:
         raise BadRequest("base_url is not a URL") from error
     if secret:
-        raise BadRequest("base_url holds a user or password, which would be stored in clear: give it as secret=")
+        raise BadRequest("base_url holds a user, password or key, which would be stored in clear: give it as secret=")

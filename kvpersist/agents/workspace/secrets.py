@@ -89,7 +89,7 @@ class Secrets:
         else:
             try:
                 text = (await asyncio.to_thread(_read, Path(name))).rstrip("\r\n")
-            except (OSError, UnicodeDecodeError) as error:
+            except (OSError, ValueError) as error:
                 raise BadOption(reference, f"the secret cannot be read: {type(error).__name__}") from None
         if not text:
             raise BadOption(reference, "there is no secret: set it where the program runs")

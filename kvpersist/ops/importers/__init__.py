@@ -14,6 +14,7 @@ from inspect import Parameter, signature
 from typing import Any, Final, cast
 from urllib.parse import unquote_plus
 
+from kvpersist import urls
 from kvpersist.errors import BadOption
 from kvpersist.ops.importers.plan import Problem, Source
 from kvpersist.ops.importers.report import SessionCheck, SystemImport, Verified
@@ -64,10 +65,13 @@ async def open_source(text: str, **options: str) -> Source:
     """
     found = _NAME.fullmatch(text)
     name = found[1].lower() if found else ""
+    if found is None and "://" in text:
+        example = next(iter(SYSTEMS))
+        raise BadOption("source", f"of which system is {urls.redact(text)}? Write its name before, as in {example}:URL")
     if found is None or name not in SYSTEMS:
         near = get_close_matches(name, SYSTEMS, n=1)
         meant = f"did you mean {near[0]}:?" if near else "known: " + ", ".join(SYSTEMS)
-        raise BadOption("source", f"{name or text[:20]!r} is no system to import from; {meant}")
+        raise BadOption("source", f"{name or text.partition(':')[0][:20]!r} is no system to import from; {meant}")
     where, written = _split(found[2])
     for option in (*options, *written):
         if option not in _OPTIONS:

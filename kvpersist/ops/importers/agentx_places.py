@@ -17,7 +17,8 @@ from typing import Any, Final, cast
 from kvpersist import urls
 from kvpersist.driver import needs_extra
 from kvpersist.errors import BadOption, BadRequest, Unavailable
-from kvpersist.ops.importers.sql import Database, found_at, open_database
+from kvpersist.ops.importers.plan import printable
+from kvpersist.ops.importers.sql import Database, check_url, found_at, open_database
 
 __all__ = ["Place", "normal", "open_place"]
 
@@ -62,6 +63,8 @@ async def open_place(where: str, **options: str) -> Place:
         options: ``table`` of SQL, ``base`` of Redis, ``database`` and ``collection`` of MongoDB, instead of the usual.
     """
     scheme = where.partition("://")[0].lower() if "://" in where else ""
+    if scheme in _SCHEMES:
+        check_url(where)
     if scheme in ("mongodb", "mongodb+srv"):
         return await _Mongo.open(where, options.get("database", ""), options.get("collection", "storage"))
     if scheme in _SCHEMES:
@@ -98,11 +101,12 @@ class _Table(Place):
         return sorted(_text(key) for (key,) in rows)
 
     async def get(self, keys: Sequence[str]) -> list[Any]:
-        if not keys:
-            return []
-        marks = ", ".join(self._database.mark(number + 1) for number in range(len(keys)))
+        asked = [key for key in keys if printable(key) == key]  # a BLOB that is no text cannot be asked for
+        if not asked:
+            return [None] * len(keys)
+        marks = ", ".join(self._database.mark(number + 1) for number in range(len(asked)))
         statement = f"SELECT {self._key}, {self._value} FROM {self._from} WHERE {self._key} IN ({marks})"  # noqa: S608
-        found = {_text(key): value for key, value in await self._database.fetch(statement, *keys)}
+        found = {_text(key): value for key, value in await self._database.fetch(statement, *asked)}
         return [found.get(key) for key in keys]
 
     async def changed(self) -> str | None:
@@ -132,7 +136,7 @@ class _Folder(Place):
         for folder, _, files in os.walk(self._base):
             for file in files:
                 path = Path(folder, file)
-                if not path.is_symlink():
+                if path.is_file() and not path.is_symlink():  # a pipe would be waited for
                     found[":".join(path.relative_to(self._base).parts)] = path
         return found
 

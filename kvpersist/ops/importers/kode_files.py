@@ -127,11 +127,12 @@ class _Place:
     """A file of an agent, and its log."""
 
     def __init__(self, name: str, folder: Path, file: str) -> None:
-        self.shown = f"{name}/{file}"
+        self.shown, self.folder = f"{name}/{file}", folder
         self.path = folder / file
         self.log = self.path.with_suffix(".wal")
 
     def text(self) -> str:
+        _check_file(self.folder, self.path)
         try:
             return self.path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -146,6 +147,7 @@ class _Place:
         return self.logged() if self.log.exists() else self.json()
 
     def logged(self) -> Any:
+        _check_file(self.folder, self.log)
         try:
             return mapping(read_json(self.log.read_bytes()), "the log")["data"]
         except (OSError, KeyError) as error:
@@ -166,6 +168,14 @@ class _Place:
             return []
 
 
+def _check_file(folder: Path, path: Path) -> None:
+    """Refuse what leads out of the agent's folder, whoever made that link, and what is no file."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise Bad("it is a link out of the agent's folder, which is not followed")
+    if not path.is_file():
+        raise Bad("it is no file")
+
+
 def _list(value: Any) -> list[Any]:
     """A list, or the one list in an object."""
     if value is None:
@@ -181,7 +191,7 @@ def _list(value: Any) -> list[Any]:
 
 def _files(name: str, folder: Path, below: str, suffix: str) -> Iterator[_Place]:
     for path in sorted((folder / below).glob(f"*{suffix}")):
-        if path.is_file() and not path.is_symlink():
+        if path.is_file():
             yield _Place(name, folder, f"{below}/{path.name}")
 
 
@@ -200,6 +210,11 @@ def _events(name: str, agent: str, folder: Path) -> Iterator[Item]:
         for suffix in (".log", ".wal"):
             path = folder / "events" / f"{channel}{suffix}"
             if not path.exists():
+                continue
+            try:
+                _check_file(folder, path)
+            except Bad as error:
+                yield Problem(place=f"{name}/events/{path.name}", reason=str(error))
                 continue
             for number, line in enumerate(_lines(path), 1):
                 try:

@@ -94,6 +94,9 @@ class _Langgraph(Source):
     async def items(self) -> AsyncIterator[Item]:
         statement = "SELECT thread_id, sum(checkpoint_ns <> '') FROM checkpoints GROUP BY thread_id ORDER BY thread_id"
         for thread, below in await self._database.fetch(statement):
+            if isinstance(thread, bytes):
+                yield Problem(place=f"checkpoints {thread!r}", reason="its thread_id is no text")
+                continue
             place = f"checkpoints {thread}"
             try:
                 found = await self._conversation(place, str(thread))

@@ -57,10 +57,14 @@ class _Sessions(Source):
                 yield await self._conversation(place, row)
             except Bad as error:
                 yield Problem(place=place, reason=str(error))
-        for session_id, _ in await self._database.strays(self._messages, "session_id", seen):
+        for session_id, count in await self._database.strays(self._messages, "session_id", seen):
             place = f"agent_messages of {session_id}"
+            made = await self._conversation(place, {"sessionid": session_id})
+            if not made.messages and not made.problems:
+                yield Problem(place=place, reason=f"{count} messages whose session_id is no text")
+                continue
             yield Problem(place=place, reason="there is no session of this id: one was made for them", left_out=False)
-            yield await self._conversation(place, {"sessionid": session_id})
+            yield made
 
     async def total(self) -> int | None:
         return await self._database.count(self._sessions)

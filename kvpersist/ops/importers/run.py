@@ -32,6 +32,7 @@ from kvpersist.ops.importers.plan import (
     Source,
     id_for,
     made_id,
+    printable,
 )
 from kvpersist.ops.importers.records import Records
 from kvpersist.ops.importers.report import SessionCheck, SystemImport, Verified
@@ -97,7 +98,7 @@ class _Run:
         stops: bool,
         progress: OnProgress | None,
     ) -> None:
-        self.report = SystemImport(source=source.shown, system=source.system, dry_run=dry_run)
+        self.report = SystemImport(source=printable(source.shown), system=source.system, dry_run=dry_run)
         self._db, self._source, self._user, self._dry_run, self._stops = db, source, user, dry_run, stops
         self._records = records
         self._progress, self._done = progress, 0
@@ -114,6 +115,7 @@ class _Run:
     def problem(self, problem: Problem) -> None:
         if self._silent:
             return
+        problem = msgspec.structs.replace(problem, place=printable(problem.place), reason=printable(problem.reason))
         if self._stops and problem.left_out:
             raise MalformedRecord(self._source.shown, problem.place, "", problem.reason)
         self.report.problems.append(problem)
@@ -322,7 +324,7 @@ class _Run:
         elif outcome == "present":
             self.report.records_present += 1
         elif outcome == "differing":
-            self.report.differing.append(record.place)
+            self.report.differing.append(printable(record.place))
             self.problem(Problem(place=record.place, reason="the store has another of this id: it was left as it is"))
 
     async def _events(self, events: Events) -> None:
@@ -347,17 +349,17 @@ class _Run:
                     found.different.append(check.id)
                 missing = await missing_calls(self._db, check.id, item)
                 found.records += len(item.calls) - len(missing)
-                found.missing_records += missing
+                found.missing_records += map(printable, missing)
             elif isinstance(item, Record):
                 if await self._records.holds(item):
                     found.records += 1
-                elif item.place not in left_out:
-                    found.missing_records.append(item.place)
+                elif printable(item.place) not in left_out:
+                    found.missing_records.append(printable(item.place))
             elif isinstance(item, Events):
                 missing = await self._topics.missing(item)
                 found.records += len(item.events) - missing
                 if missing:
-                    found.missing_records.append(f"{item.place}: {missing} events")
+                    found.missing_records.append(f"{printable(item.place)}: {missing} events")
         self._silent = False
 
     async def _checked(self, conversation: Conversation) -> SessionCheck:

@@ -11,7 +11,7 @@ import asyncio
 import os
 import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal, Self, TypeAlias, cast
@@ -23,12 +23,13 @@ from kvpersist import urls
 from kvpersist.driver import needs_extra
 from kvpersist.errors import BadOption, BadRequest, Unavailable
 
-__all__ = ["Database", "JsonText", "Row", "Table", "found_at", "open_database", "path_of"]
+__all__ = ["Database", "JsonText", "Row", "Table", "check_url", "found_at", "open_database", "path_of"]
 
 Row: TypeAlias = dict[str, Any]
 """A row by the plain names of its columns."""
 
 _PAGE: Final = 500  # rows read at once where nothing else bounds them
+_AGAIN: Final = 0.05  # seconds between two attempts to interrupt a statement
 _TIMEOUT: Final = 30.0  # seconds, to connect and for a statement
 _FOREIGN: Final = ("schema", "connection_limit", "pool_timeout", "pgbouncer", "socket_timeout", "sslaccept")
 """Parameters that Prisma takes out of a URL, and no server knows."""
@@ -155,7 +156,7 @@ class Database(ABC):
         """What ``column`` names that is not ``known``, and in how many rows; sorted."""
         name = self._column(table, column)
         statement = f"SELECT {name}, count(*) FROM {self.quoted(table.name)} GROUP BY {name}"  # noqa: S608 - as above
-        found = [(str(value), int(count)) for value, count in await self.fetch(statement) if value is not None]
+        found = [(_shown(value), int(count)) for value, count in await self.fetch(statement) if value is not None]
         return sorted(each for each in found if each[0] not in known)
 
     async def count(self, table: Table) -> int:
@@ -183,6 +184,18 @@ async def open_database(where: str) -> Database:
     if scheme == "sqlite":
         return await _Sqlite.open(where)
     raise BadOption("source", f"{scheme}:// is no database read here: a SQLite file, postgresql:// or mysql://")
+
+
+def check_url(where: str) -> urls.UrlParts:
+    """Split a URL before a client library does, whose errors would show a password that is not escaped.
+
+    Raises:
+        BadOption: it is no URL, or one with a raw '/', '@' or '#' in its password.
+    """
+    parts, _ = urls.split(where)
+    if "@" in parts.url.partition("://")[2].partition("?")[0].partition("/")[2]:
+        raise BadOption("source", f"{urls.redact(where)}: write %2F and %40 for '/' and '@' in a password or name")
+    return parts
 
 
 def path_of(where: str) -> Path:
@@ -225,13 +238,27 @@ class _Sqlite(Database):
             )
         except sqlite3.Error as error:
             raise BadRequest(f"{path}: {error}") from error
+        connection.text_factory = _text
         return cls(path, connection, state)
 
     async def fetch(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
         try:
-            return await asyncio.to_thread(lambda: self._connection.execute(statement, values).fetchall())
+            return await self._in_thread(lambda: self._connection.execute(statement, values).fetchall())
         except sqlite3.Error as error:
             raise BadRequest(f"{self.shown}: {error}") from error
+
+    async def _in_thread(self, function: Callable[[], list[tuple[Any, ...]]]) -> list[tuple[Any, ...]]:
+        """Run a statement; being cancelled ends it, so that nobody closes the connection under it, or waits for it."""
+        running = asyncio.ensure_future(asyncio.to_thread(function))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            while not running.done():
+                self._connection.interrupt()  # in vain where the statement has not begun: so again
+                await asyncio.wait([running], timeout=_AGAIN)
+            if not running.cancelled():
+                running.exception()  # looked at: nobody else will
+            raise
 
     def mark(self, number: int) -> str:
         return f"?{number}"
@@ -260,6 +287,7 @@ class _Postgres(Database):
         with needs_extra("postgres", module="asyncpg"):
             import asyncpg
         shown = urls.redact(where)
+        check_url(where)
         url, schema = _without_foreign(where)
         settings: dict[str, Any] = {"server_settings": {"search_path": schema}} if schema else {}
         connect = cast("Any", asyncpg).connect  # it brings no whole types
@@ -267,7 +295,9 @@ class _Postgres(Database):
             connection = await connect(url, timeout=_TIMEOUT, command_timeout=_TIMEOUT, **settings)
         except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError) as error:
             raise BadOption("source", f"{shown}: {error}") from error
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError) as error:
+        except ValueError:
+            raise BadOption("source", f"{shown}: the client cannot read this address") from None
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
             raise Unavailable(f"{shown}: {error}") from error
         for kind in ("json", "jsonb"):
             await connection.set_type_codec(kind, encoder=str, decoder=JsonText, schema="pg_catalog")
@@ -308,7 +338,7 @@ class _Mysql(Database):
         with needs_extra("mysql", module="asyncmy"):
             import asyncmy
             from asyncmy.errors import Error, OperationalError
-        parts, _ = urls.split(where)
+        parts = check_url(where)
         shown = urls.redact(where)
         if not parts.path:
             raise BadOption("source", f"{shown} names no database: mysql://user:password@host/database")
@@ -365,6 +395,18 @@ class _Mysql(Database):
     async def close(self) -> None:
         with suppress(Exception):  # it said goodbye before we could: closed all the same
             await self._connection.ensure_closed()
+
+
+def _text(data: bytes) -> str | bytes:
+    """What a SQLite file calls a text: its bytes where it is none, so that only that field is refused."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, bytes) else str(value)
 
 
 def _plain(name: str) -> str:

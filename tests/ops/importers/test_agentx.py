@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import agentx_layout as layout
+import msgspec
 import pytest
 from contents import everything, fingerprint
 
@@ -521,3 +524,29 @@ async def test_an_export_can_be_imported_again_anywhere(folder: Path, db: Persis
 
     assert await everything(db) == before
     assert (report.sessions, report.messages, report.records, report.differing) == (0, 0, {}, [])
+
+
+async def test_a_key_that_is_no_text_is_reported_as_json_can_have_it(folder: Path, db: Persistence) -> None:
+    with sqlite3.connect(folder / "agentx.db") as database:
+        database.execute("CREATE TABLE kv_storage (key, value)")
+        database.execute("INSERT INTO kv_storage VALUES (x'73657373696f6e733aff', '{}')")
+        database.execute("INSERT INTO kv_storage VALUES ('sessions:s1', '{\"sessionId\": \"s1\"}')")
+    database.close()
+
+    report = await brought(db, f"agentx:{folder / 'agentx.db'}")
+
+    assert await db.sessions.exists("s1")
+    [problem] = report.problems
+    assert problem.place == "kv_storage sessions:\\udcff" and msgspec.json.encode(report)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
+async def test_a_pipe_in_a_folder_is_not_waited_for(folder: Path, db: Persistence) -> None:
+    (folder / "sessions").mkdir()
+    os.mkfifo(folder / "sessions" / "pipe")
+    (folder / "sessions" / "s1").write_text('{"sessionId": "s1"}')
+
+    async with asyncio.timeout(10):
+        await brought(db, f"agentx:{folder}")
+
+    assert await db.sessions.count() == 1

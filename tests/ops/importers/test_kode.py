@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import sqlite3
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -265,3 +267,38 @@ async def test_what_is_no_store_of_kode_is_refused(folder: Path) -> None:
     sqlite3.connect(folder / "other.db").close()
     with pytest.raises(BadRequest, match="no table agents"):
         await open_source(f"kode:{folder / 'other.db'}")
+
+
+async def test_a_link_out_of_an_agents_folder_is_reported_and_not_read(folder: Path, db: Persistence) -> None:
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "messages.json").write_text(json.dumps([{"role": "user", "content": "of another"}]))
+    (elsewhere / "notes.txt").write_text("of another")
+    agent = folder / "kode" / "a1"
+    for part in ("runtime", "history", "events"):
+        (agent / part).mkdir(parents=True)
+    (agent / "meta.json").write_text(json.dumps({"agentId": "a1"}))
+    (agent / "runtime" / "messages.json").symlink_to(elsewhere / "messages.json")
+    (agent / "history" / "recovered").symlink_to(elsewhere)
+    (agent / "events" / "progress.log").symlink_to(elsewhere / "notes.txt")
+
+    report = await brought(db, f"kode:{folder / 'kode'}")
+
+    assert await db.messages.count("a1") == 0
+    assert await db.recovered_files.count() == 0
+    assert [problem.place for problem in report.problems if "link out of" in problem.reason] == [
+        "a1/runtime/messages.json",
+        "a1/history/recovered/notes.txt",
+        "a1/events/progress.log",
+    ]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
+async def test_a_pipe_among_the_files_is_not_waited_for(folder: Path, db: Persistence) -> None:
+    (folder / "kode" / "a1" / "runtime").mkdir(parents=True)
+    os.mkfifo(folder / "kode" / "a1" / "runtime" / "messages.json")
+
+    async with asyncio.timeout(10):
+        report = await brought(db, f"kode:{folder / 'kode'}")
+
+    assert "a1/runtime/messages.json" in [problem.place for problem in report.problems if "no file" in problem.reason]

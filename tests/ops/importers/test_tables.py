@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import pickle
 import sqlite3
+import sys
+import threading
+import traceback
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -448,3 +452,85 @@ async def test_another_database_is_refused(folder: Path) -> None:
     for system in ("langgraph", "openai-agents", "seashore", "kode", "agentx"):
         with pytest.raises(BadRequest, match=r"no column|no table"):
             await open_source(f"{system}:{text.partition(':')[2]}")
+
+
+# ---- sources that are broken, and addresses that are
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mysql://me:hunter2@h.test/db",
+        "prisma:mysql://me:hunter2/x@h.test/db",
+        "prisma:postgresql://me:hun#ter2@h.test/db",
+        "prisma:postgresql://me:hunter2/x@h.test/db",
+        "agentx:redis://me:hunter2/x@h.test/0",
+        "agentx:mongodb://me:hunter2/x@h.test/0",
+        "agentx:mongodb://me:12/hunter2@h.test/0",
+    ],
+)
+async def test_an_address_that_is_refused_shows_nothing_of_its_password(text: str) -> None:
+    for module in ("asyncpg", "asyncmy", "redis", "pymongo"):
+        pytest.importorskip(module)
+    with pytest.raises(BadOption) as caught:
+        await open_source(text)
+
+    shown = "".join(traceback.format_exception(caught.value)).replace(text, "")
+    assert "hun" not in shown and "ter2" not in shown
+
+
+async def test_a_field_that_is_no_text_is_reported_and_the_rows_around_it_come(folder: Path, db: Persistence) -> None:
+    with sqlite3.connect(folder / "s.db") as database:
+        database.execute("CREATE TABLE agent_sessions (session_id TEXT PRIMARY KEY, created_at, updated_at)")
+        database.execute("CREATE TABLE agent_messages (id INTEGER PRIMARY KEY, session_id TEXT, message_data TEXT)")
+        database.execute("INSERT INTO agent_sessions (session_id) VALUES ('s1'), (CAST(x'ff' AS TEXT))")
+        item = json.dumps({"role": "user", "content": "kept"})
+        for session, data in (("s1", item), ("s1", b"{\xff"), ("s1", item), (b"\xfe", item)):
+            database.execute(
+                "INSERT INTO agent_messages (session_id, message_data) VALUES (CAST(? AS TEXT), CAST(? AS TEXT))",
+                (session, data),
+            )
+    database.close()
+
+    report = await brought(db, f"openai-agents:{folder / 's.db'}")
+
+    assert [message.content for message in await db.messages.last("s1", 5)] == ["kept", "kept"]
+    assert [problem.place for problem in report.problems] == [
+        "agent_messages 2",
+        "agent_sessions b'\\xff'",
+        "agent_messages of b'\\xfe'",
+    ]
+    assert await db.sessions.count() == 1
+
+
+async def test_a_thread_whose_id_is_no_text_is_reported(folder: Path, db: Persistence) -> None:
+    text = layout.langgraph_db(folder)
+    before = await brought(db, text)
+    with sqlite3.connect(text.partition(":")[2]) as database:
+        database.execute("INSERT INTO checkpoints (thread_id, checkpoint_id) VALUES (CAST(x'ff' AS TEXT), '1')")
+    database.close()
+
+    report = await brought(db, text)
+
+    assert [problem.place for problem in report.problems if problem not in before.problems] == ["checkpoints b'\\xff'"]
+
+
+async def test_a_statement_that_takes_long_ends_when_it_is_cancelled(folder: Path, db: Persistence) -> None:
+    with sqlite3.connect(folder / "slow.db") as database:
+        database.execute(
+            "CREATE VIEW agent_sessions AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) "
+            "SELECT i AS session_id FROM n"
+        )
+        database.execute("CREATE TABLE agent_messages (id INTEGER PRIMARY KEY, session_id, message_data TEXT)")
+    database.close()
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await brought(db, f"openai-agents:{folder / 'slow.db'}")
+
+    assert not [each for each in threading.enumerate() if each.name.startswith("asyncio_") and _runs_sql(each)]
+
+
+def _runs_sql(thread: threading.Thread) -> bool:
+    frame = sys._current_frames().get(thread.ident or 0)
+    return frame is not None and any(each.filename.endswith("sql.py") for each in traceback.extract_stack(frame))

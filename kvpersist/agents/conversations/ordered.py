@@ -167,7 +167,9 @@ class OrderedTurns:
                     amends.append(Recount())
                     continue
                 if isinstance(item, (Begin, End, EditCall)):  # what a crash keeps from being counted no number tells
-                    parent = await self._doubted(part, parent)
+                    hold = _Hold(parent)
+                    await self._keep(part, hold, 0.0)
+                    parent = hold.parent
                 results.append(await self._other(session_id, part, parent, draft, item))
                 amends.append(Recount())
             except UniqueConflict as error:
@@ -220,10 +222,10 @@ class OrderedTurns:
         codec = self._all.sessions._codec
         return not (item.closed and record is not None and codec.decode(record.key, record.value).active)
 
-    async def _keep(self, part: str, hold: _Hold) -> None:
+    async def _keep(self, part: str, hold: _Hold, seconds: float = _HOLD) -> None:
         """Note in the stat that its counts will not hold, and that others shall wait; again before that lapses.
 
-        A crash leaves that note, and whoever loads the stat `_HOLD` seconds later counts again.
+        A crash leaves that note, and whoever loads the stat so many ``seconds`` later counts again.
 
         Raises:
             Conflict: another has written the stat: read it again.
@@ -232,10 +234,10 @@ class OrderedTurns:
         if now < hold.renew_at:
             return
         parent = hold.parent
-        stat = msgspec.structs.replace(parent.stat, unsure=True, until=now + _HOLD)
+        stat = msgspec.structs.replace(parent.stat, unsure=True, until=now + seconds)
         key = self._all.stat_prefix + part
         version = await self._store._commit([Put(key, self._all.packed(key, stat), parent.version or ABSENT)])
-        hold.parent, hold.renew_at = Parent(parent.birth, stat, version, {}), now + _HOLD / 2
+        hold.parent, hold.renew_at = Parent(parent.birth, stat, version, {}), now + seconds / 2
 
     # ---- items
 

@@ -17,7 +17,7 @@ from kvpersist import Index, Message, ToolCallPart
 from kvpersist.agents.conversations import rewrites
 from kvpersist.agents.persistence import Persistence
 from kvpersist.driver import Delete, Put
-from kvpersist.errors import BadRequest, ParentGone, Unencodable, UniqueConflict
+from kvpersist.errors import BadRequest, BadTransition, ParentGone, Unencodable, UniqueConflict
 from kvpersist.testing.faults import Crashed, FaultyDriver
 from kvpersist_drivers.memory import MemoryDriver
 
@@ -351,3 +351,51 @@ async def test_a_rewriting_killed_anywhere_leaves_counts_that_are_true(
         if not dying.crashed:
             return
     pytest.fail("it never ends")
+
+
+@pytest.mark.parametrize("act", ["truncate", "approve"])
+async def test_what_a_writer_left_uncounted_when_it_died_is_counted_by_one_that_knew_the_session(
+    act: str, sound: Sound
+) -> None:
+    for nth in range(1, 100):
+        disk = MemoryDriver()
+        async with kvpersist.open(FaultyDriver(disk, without=ORDERED)) as db:
+            await db.sessions.create(id="s")
+            await db.messages.append_many("s", [asks("a"), Message("user", "q")])
+            dying = FaultyDriver(disk, without=ORDERED)
+            victim = await kvpersist.open(dying)
+            dying.crash(nth)
+            with contextlib.suppress(Crashed):
+                await victim.messages.append_many("s", [asks("b"), answers("b")])
+
+            if act == "truncate":
+                await db.messages.truncate("s", after=1)
+            else:
+                with contextlib.suppress(BadTransition):  # it was answered, too
+                    await db.tool_calls.approve("s", 3, 0)
+
+            await sound(db)
+        if not dying.crashed:
+            return
+    pytest.fail("it never came to its end")
+
+
+async def test_a_call_changed_by_a_writer_that_died_is_counted_in_its_state(sound: Sound) -> None:
+    for nth in range(1, 100):
+        disk = MemoryDriver()
+        async with kvpersist.open(FaultyDriver(disk, without=ORDERED)) as db:
+            await db.sessions.create(id="s")
+            await db.messages.append("s", asks("a"))
+            dying = FaultyDriver(disk, without=ORDERED)
+            victim = await kvpersist.open(dying)
+            dying.crash(nth)
+            with contextlib.suppress(Crashed):
+                await victim.tool_calls.approve("s", 1, 0)
+                async with victim.tool_calls.record("s", "aside", {}) as call:
+                    call.result = 1
+        async with kvpersist.open(FaultyDriver(disk, without=ORDERED)) as again:
+            await again.messages.append("s", Message("user", "next"))
+            await sound(again)
+        if not dying.crashed:
+            return
+    pytest.fail("it never came to its end")

@@ -48,8 +48,9 @@ class Messages(Rewrites, Repairs):
     async def append_many(self, session_id: str | UUID, messages: Iterable[Message]) -> list[Message]:
         """Append a turn: messages, the tool calls they ask for or answer, and the session's counts.
 
-        It is one batch: all of it is stored, or nothing. (Over 1,000 messages are cut into several;
-        on a backend without atomic batches a crash may leave the first messages of a turn.)
+        It is one batch: all of it is stored, or nothing. (Over 1,000 messages are cut into several: where one
+        fails, those before it stand, and "nothing was written" is true of the rest. On a backend without
+        atomic batches a crash may leave the first messages of a turn.)
 
         Returns:
             The messages as stored, in their order: with ids, consecutive numbers, and times.

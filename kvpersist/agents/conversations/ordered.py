@@ -158,6 +158,7 @@ class OrderedTurns:
                     continue
                 if type(item) is Kill:
                     return await self._kill(part, parent, item)
+                await self._catch_up(part, draft, write=True)  # what others wrote, and have not counted
                 if isinstance(item, (Remove, Replace, ReplaceCalls)):
                     hold = _Hold(parent)
                     try:
@@ -438,6 +439,8 @@ class OrderedTurns:
         gone, waiting = await followers(every, part, removed, behind, draft.last)
         now = every.now()
         numbers = {message.number for _, message in removed}
+        if max(numbers, default=0) > draft.last:  # another writer's, who has not counted it: to be counted again
+            draft.unsure = True
         await self._drop_calls(draft, [each for each in gone if each[1].number not in numbers])
         for entry, message in removed:
             await self._keep(part, hold)

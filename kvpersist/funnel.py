@@ -28,6 +28,7 @@ O = TypeVar("O")  # noqa: E741  # its answer
 _MAX_OPERATIONS: Final = 512  # of one round
 _IDLE_PARENTS: Final = 4096  # whose state is remembered
 _SHORTEST: Final = 0.001  # seconds; an attempt counts as at least that long
+_AMENDED: Final = 10.0  # seconds to try to mend a stat, where the store has no timeout
 _DOUBLINGS: Final = 4  # of the wait after a conflict
 _LONGEST: Final = 0.25  # seconds of that wait
 _POLITE: Final = 1.0  # seconds after a conflict in which every round begins with a short pause
@@ -288,15 +289,19 @@ class Funnel(Generic[S, I, O]):
         return not self._atomic and built.stands is not None and conflict.position >= built.stands
 
     async def _amend(self, parent: str, lane: _Lane[S, I, O], amends: Sequence[I]) -> None:
-        """Mend the stat of items that stand. Given up after some attempts: fsck counts again."""
-        for attempt in range(10 if amends else 0):
-            began = asyncio.get_running_loop().time()
+        """Mend the stat of items that stand. Given up after the store's timeout: fsck counts again."""
+        loop = asyncio.get_running_loop()
+        latest = loop.time() + (_AMENDED if self._store.timeout is None else self._store.timeout)
+        attempt = 0
+        while amends and loop.time() < latest:
+            began = loop.time()
             try:
                 state = await self._load(parent)
                 built = await self._build(parent, state, list(amends))
                 version = await self._store._commit(built.ops)
             except Conflict:
-                await _give_way(attempt, asyncio.get_running_loop().time() - began)
+                await _give_way(attempt, loop.time() - began)
+                attempt += 1
             except KvError:  # the items are stored, which is what their callers asked for
                 return
             else:

@@ -125,7 +125,7 @@ async def query_threads(db: Persistence, talk: Session) -> None:
         "user_id": talk.user_id,
         "created": between(now - DAY, now),
         "updated": between(now - DAY, now),
-        "title": "SEASHORE",  # in the title, in any case
+        "title": str(talk.title).upper(),  # in the title, in any case
     }
     assert [thread.id for thread in await db.sessions.find(**where, limit=50)] == [talk.id]
     assert await db.sessions.count(**where) == 1

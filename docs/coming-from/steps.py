@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from uuid import uuid4
 
 import kvpersist
@@ -19,7 +19,7 @@ import kvpersist.cli
 from kvpersist import KvError, Persistence, Session
 from kvpersist.ops.chat_import import import_chats
 
-__all__ = ["main", "refused", "theirs"]
+__all__ = ["main", "perform", "refused", "theirs"]
 
 Step: TypeAlias = Callable[[Persistence, Session], Awaitable[None]]
 
@@ -48,16 +48,17 @@ def refused(error: type[KvError]) -> Iterator[None]:
 
 
 def main(system: str) -> None:
-    """Read the arguments, bring the conversations into the store, and do the steps."""
+    """Read the arguments, and `perform`."""
     parser = argparse.ArgumentParser(description=f"What {system} did, done with kvpersist on real conversations.")
     parser.add_argument("url", nargs="?", default="memory://", help="the store; default: memory://")
     parser.add_argument("--data", default=DEMO, type=Path, help="a file of conversations; default: the demo's")
     given = parser.parse_args()
-    asyncio.run(_run(system, given.url, given.data))
+    asyncio.run(perform(system, given.url, given.data))
 
 
-async def _run(system: str, url: str, data: Path) -> None:
-    async with kvpersist.open(url) as db:
+async def perform(system: str, where: Any, data: Path = DEMO) -> None:
+    """Bring a file's conversations into the store, and do the steps."""
+    async with kvpersist.open(where) as db:
         before = await db.stats()
         report = await import_chats(db, data)
         stats = await db.stats()

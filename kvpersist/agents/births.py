@@ -184,28 +184,43 @@ class Births:
         beside: Callable[[Entry | None], list[Op]] | None,
         beside_key: str,
     ) -> tuple[Check, bytes]:
-        """Birth key and what is beside first, the record last: a record that can be seen can be written to."""
+        """Birth key and what is beside first, the record last: a record that can be seen can be written to.
+
+        A birth key without a record is another's who is at it, or was: it is written anew, so that this one
+        does not take it back.
+        """
         key, birth_key = self.repository._prefix + part, self.prefix + part
         self.repository._codec.encode(key, record)  # what cannot be kept fails before anything is written
-        await self.deletions.finish(part, begin_anew=True)
-        looked_at = [key, birth_key, *([beside_key] if beside_key else ())]
-        stored, birth, *old = await self._store._entries(looked_at)
-        if live(stored) is not None:
-            raise taken(part)
-        conditions = await checks()
-        version = b""
-        try:
-            if birth is None:
-                version = await self._store._commit([Put(birth_key, _BIRTH, ABSENT)])
-            beside_version = b"" if beside is None else await self._store._commit(beside(old[0]))
-            await ordered_writer(self.repository).save(part, record, old=stored)
-        except UniqueConflict:
-            if birth is None:
-                await self._unborn(part, version)
-            raise
-        except Conflict as conflict:
-            raise taken(part) from conflict
-        check = Check(birth_key, version if birth is None else birth.version)
+        for attempt in range(_ATTEMPTS):
+            await self.deletions.finish(part, begin_anew=True)
+            looked_at = [key, birth_key, *([beside_key] if beside_key else ())]
+            stored, birth, *old = await self._store._entries(looked_at)
+            if live(stored) is not None:
+                raise taken(part)
+            conditions = await checks()
+            mine: list[tuple[str, bytes]] = []
+            beside_version = b""
+            try:
+                version = await self._store._commit([Put(birth_key, _BIRTH, version_of(birth))])
+                mine.append((birth_key, version))
+                if beside is not None:
+                    ops = beside(old[0])
+                    beside_version = await self._store._commit(ops)
+                    mine += [(op.key, beside_version) for op in ops]
+                await ordered_writer(self.repository).save(part, record, old=stored)
+                break
+            except UniqueConflict:
+                if birth is None:
+                    await self._unborn(mine)
+                raise
+            except Conflict as conflict:
+                if conflict.key == key:
+                    raise taken(part) from conflict
+                await backoff(attempt)
+        else:
+            raise Conflict(key, ABSENT)
+        [born] = await self._store._entries([birth_key])
+        check = Check(birth_key, version if born is None else born.version)
         if not await self._family.holds(conditions):
             for condition in conditions:
                 self._family.forget(condition.key)
@@ -217,13 +232,15 @@ class Births:
         self.remember(part, check)
         return check, beside_version
 
-    async def _unborn(self, part: str, version: bytes) -> None:
-        """Take back what a creation left that a unique value stopped."""
-        try:
-            await require(self._store, Check(self.prefix + part, version))
-        except Conflict:
-            return
-        await self.deletions.behead(part)
+    async def _unborn(self, mine: Sequence[tuple[str, bytes]]) -> None:
+        """Take back what a creation wrote, at these versions, that a unique value stopped; what others did stays."""
+        conditional = self._store.capabilities.conditional_delete
+        for key, version in mine:
+            try:
+                await require(self._store, Check(key, version))
+                await self._store._commit([Delete(key, version if conditional else None)])
+            except Conflict:
+                return
 
     async def kill(self, part: str, guard: Check | None = None) -> bool:
         """Delete a record by its encoded id, and everything that belongs to it; False where there was none.

@@ -42,6 +42,7 @@ class Stat(msgspec.Struct, omit_defaults=True):
         tools: per name the calls, and those of them completed, failed and so on: `tool_stats` reads it.
         open: calls that wait for an answer. settled: those with an outcome already, set by hand.
         unsure: it was begun to rewrite the session without atomic batches: its counts are to be made anew.
+        until: who began that may still be at it, up to this time in seconds since 1970.
     """
 
     updated_at: datetime
@@ -53,6 +54,7 @@ class Stat(msgspec.Struct, omit_defaults=True):
     indexed_at: datetime | None = None  # what the index `updated` holds
     settled: list[Waiting] = []
     unsure: bool = False
+    until: float = 0.0
 
     def public(self) -> SessionStat:
         """Return it in the form that users get."""

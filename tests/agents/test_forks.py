@@ -238,3 +238,22 @@ async def test_what_is_said_while_a_fork_is_made_is_copied_whole_or_not_at_all(d
             assert call.number in copied
             assert call.result_number is None or call.result_number in copied
     await sound(db)
+
+
+async def test_a_call_whose_answer_goes_while_a_fork_is_made_waits_there(db: Persistence, sound: Sound) -> None:
+    for steps in range(0, 36, 6):
+        parent = (await db.sessions.create()).id
+        *_, answer = await db.messages.append_many(
+            parent, [asks("a"), *(Message("user", "q") for _ in range(255)), answers("a")]
+        )
+        removing = asyncio.create_task(db.messages.delete(answer.id))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+
+        [fork] = await db.sessions.fork(parent)
+
+        await removing
+        [call] = await db.tool_calls.of(fork.id)
+        copied = {message.number for message in await db.messages.range(fork.id, limit=1000)}
+        assert call.result_number is None or call.result_number in copied
+    await sound(db)

@@ -331,3 +331,23 @@ async def test_a_session_that_changes_while_the_recent_ones_are_read_is_among_th
         monkeypatch.setattr(finder, "stats", slow)
 
         assert {session.id for session in await db.sessions.recent()} == {"s0", "s1", "s2"}
+
+
+async def test_a_creation_that_a_unique_value_stops_takes_nothing_back_of_another_of_its_id(
+    driver: Any, sound: Sound
+) -> None:
+    async with kvpersist.open(driver, session_indexes=[Index("external_id", unique=True)]) as db:
+        await db.sessions.create(id="other", external_id="taken")
+        for steps in range(12):
+            id_ = f"s{steps}"
+            refused = asyncio.create_task(db.sessions.create(id=id_, external_id="taken"))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            created, error = await asyncio.gather(
+                db.sessions.create(id=id_, external_id=id_), refused, return_exceptions=True
+            )
+
+            assert isinstance(error, UniqueConflict)
+            assert created == await db.sessions.get(id_)
+            assert (await db.messages.append(id_, Message("user", "q"))).number == 1
+        await sound(db)

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 ROWS = Path(__file__).with_name("checked_list.toml")
 PAGE = ROOT / "docs" / "reference" / "checked-list.md"
 EIGHT = ("memory", "sqlite", "filesystem", "s3", "redis", "mongo", "postgres", "mysql")
+_ABOUT = {f"test_{name}.py": name for name in EIGHT} | {"test_buckets.py": "s3"}  # files of tests/drivers
 SYSTEMS = {"S": "Seashore", "A": "AgentX", "Q": "AgentX queue", "P": "storage-prisma", "K": "Kode"}
 
 _HEAD = """# Checked list
@@ -114,8 +115,9 @@ class _Collector:
             test.shows.update(row for mark in item.iter_markers("shows") for row in mark.args)
             callspec = getattr(item, "callspec", None)
             place = callspec.params.get("place") if callspec else None
-            if getattr(place, "name", None) in EIGHT:
-                test.drivers.add(place.name)
+            about = getattr(place, "name", None) or _ABOUT.get(item.path.name)
+            if about in EIGHT:
+                test.drivers.add(about)
 
 
 def problems(given: Sequence[Section], tests: Tests) -> list[str]:
@@ -188,7 +190,7 @@ def _shown_by(row: Row, tests: Tests) -> list[str]:
 
 
 def _drivers_of(row: Row, tests: Tests) -> set[str]:
-    return {name for node, test in tests.items() if row.what in test.shows for name in test.drivers}
+    return {name for node in _shown_by(row, tests) if node in tests for name in tests[node].drivers}
 
 
 def _text_of(name: str) -> str:

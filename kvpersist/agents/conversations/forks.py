@@ -117,7 +117,7 @@ class Forks:
         """Copy what was said behind message ``after`` up to ``last``; return the number of the last one there was."""
         every = self._all
         part = keys.encode(parent_id)
-        copied, page = 0, list[Message]()
+        copied, page, held = 0, list[Message](), list[ToolCall]()
         first = after + 1 if after else 0  # where the calls of the next page begin
         async for entry in after_stat(every.store, f"{every.message_prefix}{part}!", after):
             if keys.decode(entry.key.rpartition("!")[2], int) > last:
@@ -127,19 +127,33 @@ class Forks:
             page.append(every.messages._codec.decode(entry.key, entry.value))
             copied = page[-1].number
             if len(page) == _PAGE:
-                await self._add(making, part, page, first, copied, last)
+                held = await self._add(making, part, page, first, copied, last, held)
                 first, page = copied + 1, []
-        await self._add(making, part, page, first, last, last)
+        await self._add(making, part, page, first, last, last, held)
         return copied
 
-    async def _add(self, making: Making, part: str, page: list[Message], first: int, end: int, last: int) -> None:
-        """Add messages, and the calls that messages ``first`` to ``end`` asked for."""
+    async def _add(
+        self, making: Making, part: str, page: list[Message], first: int, end: int, last: int, held: list[ToolCall]
+    ) -> list[ToolCall]:
+        """Add messages, the calls that messages ``first`` to ``end`` asked for, and those that were held back.
+
+        Returns:
+            Calls whose answers are to come with messages behind ``end``. One whose answer was removed
+            meanwhile waits for another.
+        """
         session_id = making.session.id
+        numbers = {message.number for message in page}
         for message in page:
             message.id, message.session_id = new_id(), session_id
         calls: list[ToolCall] = []
+        late: list[ToolCall] = []
         entries = [entry async for entry in self._all.calls_of(part, first, end)]
-        for call in decoded(self._all.tool_calls._codec, entries, None):
-            cut = call.result_number is not None and call.result_number > last
+        for call in (*held, *decoded(self._all.tool_calls._codec, entries, None)):
+            answer = call.result_number
+            if answer is not None and end < answer <= last:
+                late.append(call)
+                continue
+            cut = answer is not None and answer not in numbers
             calls.append(msgspec.structs.replace(asked_of(call) if cut else call, session_id=session_id))
         await making.add(page, calls)
+        return late

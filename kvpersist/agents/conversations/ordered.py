@@ -65,12 +65,23 @@ R = TypeVar("R")
 
 _ATTEMPTS: Final = 20  # of a rewriting that others write between
 _ANY_NUMBER: Final = 1 << 62
+_HOLD: Final = 5.0  # seconds that others leave a rewriting alone, after it was last heard of
 
 
 class Recount:
     """Count the session's messages and calls again."""
 
     __slots__ = ()
+
+
+class _Hold:
+    """The right of a rewriting to a session, noted in the stat: what others find while it goes on."""
+
+    __slots__ = ("parent", "renew_at")
+
+    def __init__(self, parent: Parent) -> None:
+        self.parent = parent
+        self.renew_at = 0.0  # seconds since 1970
 
 
 class OrderedTurns:
@@ -116,6 +127,8 @@ class OrderedTurns:
         if birth is None:
             raise ParentGone("session", session_id)
         stat = Stat(every.now()) if entry is None else every.stat_of(entry)
+        if entry is not None and stat.unsure and stat.until > self._store.clock():
+            raise Conflict(entry.key, entry.version, entry.version)  # it is being rewritten: wait, and read again
         draft = Draft(stat)
         await self._brought_up(part, draft, stat, write=True)
         version = b"" if entry is None else entry.version
@@ -146,10 +159,15 @@ class OrderedTurns:
                 if type(item) is Kill:
                     return await self._kill(part, parent, item)
                 if isinstance(item, (Remove, Replace, ReplaceCalls)):
-                    parent = await self._doubted(part, parent)
-                    results.append(await self._rewritten(session_id, part, parent, draft, item))
+                    hold = _Hold(parent)
+                    try:
+                        results.append(await self._rewritten(session_id, part, hold, draft, item))
+                    finally:
+                        parent = hold.parent
                     amends.append(Recount())
                     continue
+                if isinstance(item, (Begin, End, EditCall)):  # what a crash keeps from being counted no number tells
+                    parent = await self._doubted(part, parent)
                 results.append(await self._other(session_id, part, parent, draft, item))
                 amends.append(Recount())
             except UniqueConflict as error:
@@ -202,15 +220,22 @@ class OrderedTurns:
         codec = self._all.sessions._codec
         return not (item.closed and record is not None and codec.decode(record.key, record.value).active)
 
-    async def _doubted(self, part: str, parent: Parent) -> Parent:
-        """Note in the stat that its counts will not hold, before something below it is rewritten.
+    async def _keep(self, part: str, hold: _Hold) -> None:
+        """Note in the stat that its counts will not hold, and that others shall wait; again before that lapses.
 
-        A crash from here on leaves that note, and whoever loads the stat next counts again.
+        A crash leaves that note, and whoever loads the stat `_HOLD` seconds later counts again.
+
+        Raises:
+            Conflict: another has written the stat: read it again.
         """
-        stat = msgspec.structs.replace(parent.stat, unsure=True)
+        now = self._store.clock()
+        if now < hold.renew_at:
+            return
+        parent = hold.parent
+        stat = msgspec.structs.replace(parent.stat, unsure=True, until=now + _HOLD)
         key = self._all.stat_prefix + part
         version = await self._store._commit([Put(key, self._all.packed(key, stat), parent.version or ABSENT)])
-        return Parent(parent.birth, stat, version, {})
+        hold.parent, hold.renew_at = Parent(parent.birth, stat, version, {}), now + _HOLD / 2
 
     # ---- items
 
@@ -364,48 +389,56 @@ class OrderedTurns:
             return changed
 
     async def _rewritten(
-        self, session_id: str, part: str, parent: Parent, draft: Draft, item: Remove | Replace | ReplaceCalls
+        self, session_id: str, part: str, hold: _Hold, draft: Draft, item: Remove | Replace | ReplaceCalls
     ) -> Rewritten:
-        """Rewrite, and again where another writer came between: what stands is read anew each time."""
+        """Rewrite, and again where another writer came between: what stands is read anew each time.
+
+        Those who had read the stat before may still append: that counts, and goes on behind what is rewritten.
+        """
+        await self._keep(part, hold)
         for _ in range(_ATTEMPTS):
             try:
+                await self._catch_up(part, draft, write=True)
                 if isinstance(item, Remove):
-                    return await self._remove(session_id, part, draft, item)
+                    return await self._remove(session_id, part, hold, draft, item)
                 if isinstance(item, Replace):
-                    return await self._replace(session_id, part, parent, draft, item)
-                return await self._replace_calls(part, draft, item)
+                    return await self._replace(session_id, part, hold, draft, item)
+                return await self._replace_calls(part, hold, draft, item)
             except KvError as error:
+                if isinstance(error, Conflict) and error.key == self._all.stat_prefix + part:
+                    raise
                 draft.unsure = True
                 await self._recount(part, draft)
                 if not isinstance(error, Conflict) or isinstance(error, UniqueConflict):
                     raise
-        raise Conflict(self._all.stat_prefix + part, parent.version)
+        raise Conflict(self._all.stat_prefix + part, hold.parent.version)
 
-    async def _remove(self, session_id: str, part: str, draft: Draft, item: Remove) -> Rewritten:
+    async def _remove(self, session_id: str, part: str, hold: _Hold, draft: Draft, item: Remove) -> Rewritten:
         every = self._all
         found = await doomed(every, part, session_id, item, draft.last)
         again = item.places is None and len(found) >= item.most
         behind: int | None = None
         if item.places is None:
             behind = found[-1][1].number if again else item.after + 1 if item.after else 0
-        gone = await self._take_out(part, draft, found, behind)
+        gone = await self._take_out(part, hold, draft, found, behind)
         if found or gone:
             draft.touch(every.now())
         return Rewritten(len(found), again=again)
 
     async def _take_out(
-        self, part: str, draft: Draft, removed: Sequence[StoredMessage], behind: int | None = None
+        self, part: str, hold: _Hold, draft: Draft, removed: Sequence[StoredMessage], behind: int | None = None
     ) -> list[StoredCall]:
         """Remove messages, the newest first, each behind its calls; return the calls that went with them.
 
         What a crash leaves of one message, `_mend` finds: calls that it still asks for, or still answers.
         """
         every = self._all
-        gone, waiting = await followers(every, part, removed, behind)
+        gone, waiting = await followers(every, part, removed, behind, draft.last)
         now = every.now()
         numbers = {message.number for _, message in removed}
         await self._drop_calls(draft, [each for each in gone if each[1].number not in numbers])
         for entry, message in removed:
+            await self._keep(part, hold)
             await self._drop_calls(draft, [each for each in gone if each[1].number == message.number])
             for stored, call in waiting:
                 if call.result_number == message.number:
@@ -447,14 +480,14 @@ class OrderedTurns:
             await ordered_writer(self._all.tool_calls).remove(entry.key[len(self._all.call_prefix) :])
             draft.count(call, None)
 
-    async def _replace(self, session_id: str, part: str, parent: Parent, draft: Draft, item: Replace) -> Rewritten:
+    async def _replace(self, session_id: str, part: str, hold: _Hold, draft: Draft, item: Replace) -> Rewritten:
         every = self._all
-        plan = await planned(every, part, item)
+        plan = await planned(every, part, item, draft.last)
         writer = ordered_writer(every.messages)
         if item.make is not None and not plan.again:  # from here on, what is stored is not what it was made of
             item.messages, item.make, item.since = [*plan.stands, *plan.append], None, draft.last
         await self._refuse(writer, part, draft, plan.append, {entry.key for entry, _ in plan.remove})
-        gone = await self._take_out(part, draft, plan.remove)
+        gone = await self._take_out(part, hold, draft, plan.remove)
         for entry, changed in plan.edit:
             await writer.save(entry.key[len(every.message_prefix) :], changed, old=entry)
         by_number: dict[int, list[ToolCall]] = {}
@@ -462,24 +495,26 @@ class OrderedTurns:
             by_number.setdefault(call.number, []).append(call)
         moved = {message.id: by_number.get(message.number, []) for _, message in plan.remove}
         for message in plan.append:
+            await self._keep(part, hold)
             message.number = draft.last + 1
             await writer.save(f"{part}!{keys.encode(message.number)}", message, old=None)
             draft.add(message)
             await self._follow(part, draft, message, write=True, moved=moved.get(message.id, ()))
-        if plan.append and not await self._lives(parent):
+        if plan.append and not await self._lives(hold.parent):
             await self._take_back(part, plan.append)
             raise ParentGone("session", session_id)
         if plan.remove or plan.edit or plan.append:
             draft.touch(every.now())
         return Rewritten(len(plan.remove), [*plan.stands, *plan.append], plan.again)
 
-    async def _replace_calls(self, part: str, draft: Draft, item: ReplaceCalls) -> Rewritten:
+    async def _replace_calls(self, part: str, hold: _Hold, draft: Draft, item: ReplaceCalls) -> Rewritten:
         every = self._all
         plan = await planned_calls(every, part, item)
         for _, call in plan.put:  # what cannot be kept fails before anything is written
             every.tool_calls._codec.encode(part, call)
         await self._drop_calls(draft, plan.remove)
         for entry, call in plan.put:
+            await self._keep(part, hold)
             pk = f"{part}!{keys.encode(call.number)}!{keys.encode(call.position)}"
             before = None if entry is None else every.tool_calls._codec.decode(entry.key, entry.value)
             if entry is None:  # the place may hold a tombstone

@@ -57,8 +57,8 @@ class CallPlan(NamedTuple):
     again: bool
 
 
-async def planned(every: Collections, part: str, item: Replace) -> Plan:
-    """Read a session's messages once and compare them with those of ``item``.
+async def planned(every: Collections, part: str, item: Replace, last: int = _ANY_NUMBER) -> Plan:
+    """Read a session's messages up to ``last`` once and compare them with those of ``item``.
 
     Raises:
         UniqueConflict: two of the given messages have one id.
@@ -66,6 +66,7 @@ async def planned(every: Collections, part: str, item: Replace) -> Plan:
     codec = every.messages._codec
     entries = after_stat(every.store, f"{every.message_prefix}{part}!", 0)
     stored = [(entry, codec.decode(entry.key, entry.value)) async for entry in entries if live(entry) is not None]
+    stored = [each for each in stored if each[1].number <= last]
     wanted = item.messages
     if item.make is not None:
         calls = [every.tool_calls._codec.decode(entry.key, entry.value) async for entry in _calls(every, part)]
@@ -166,7 +167,7 @@ async def doomed(every: Collections, part: str, session_id: str, item: Remove, l
         async def newest(_: str) -> int:
             return last
 
-        entries = await read_range(every.store, prefix, item.after, None, item.most, True, newest, session_id)
+        entries = await read_range(every.store, prefix, item.after, last + 1, item.most, True, newest, session_id)
         return [(entry, codec.decode(entry.key, entry.value)) for entry in entries]
     named = sorted(item.places, reverse=True)
     held = await every.store._entries([prefix + keys.encode(number) for number, _ in named])
@@ -181,19 +182,23 @@ async def doomed(every: Collections, part: str, session_id: str, item: Remove, l
 
 
 async def followers(
-    every: Collections, part: str, removed: Sequence[StoredMessage], behind: int | None = None
+    every: Collections,
+    part: str,
+    removed: Sequence[StoredMessage],
+    behind: int | None = None,
+    last: int = _ANY_NUMBER,
 ) -> tuple[list[StoredCall], list[StoredCall]]:
     """The calls that go with ``removed`` messages, and the other calls that they answered.
 
     Args:
-        behind: all calls from this number on go, whether or not their message is there.
+        behind: all calls from this number on, up to ``last``, go, whether or not their message is there.
     """
     codec = every.tool_calls._codec
     numbers = {message.number for _, message in removed}
     gone: list[StoredCall] = []
     if numbers or behind is not None:
         first = min(numbers) if behind is None else behind
-        async for entry in every.calls_of(part, first, max(numbers) if behind is None else _ANY_NUMBER):
+        async for entry in every.calls_of(part, first, max(numbers) if behind is None else last):
             call = codec.decode(entry.key, entry.value)
             if behind is not None or call.number in numbers:
                 gone.append((entry, call))

@@ -22,6 +22,7 @@ from kvpersist import (
     Todo,
     TokenUsage,
     ToolCallPart,
+    at_most,
     between,
 )
 from kvpersist.agents.persistence import Persistence
@@ -233,3 +234,18 @@ async def test_a_login_session_ends_by_itself(db: Persistence) -> None:
     await db.store.put("plain", 1, ttl=0.3)
     while await db.store.has("plain"):
         await asyncio.sleep(0.02)
+
+
+@pytest.mark.shows("Agents older than 90 days are found and deleted")
+async def test_old_agents_are_found_by_their_time_and_deleted(db: Persistence) -> None:
+    for days in (400, 91, 89):
+        created = datetime.now(UTC) - timedelta(days=days)
+        await db.agents.create(id=f"of-{days}", template_id="ages", created_at=created)
+    limit = datetime.now(UTC) - timedelta(days=90)
+
+    old = [agent.id async for agent in db.agents.iterate(created=at_most(limit), template_id="ages")]
+    for id_ in old:
+        await db.agents.delete(id_)
+
+    assert sorted(old) == ["of-400", "of-91"]
+    assert [agent.id for agent in await db.agents.find(template_id="ages")] == ["of-89"]

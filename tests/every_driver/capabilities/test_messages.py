@@ -10,7 +10,9 @@ import pytest
 
 from kvpersist import Confirmation, Message, ToolCallPart, at_least, between
 from kvpersist.agents.persistence import Persistence
-from kvpersist.errors import ParentGone
+from kvpersist.driver import Put
+from kvpersist.errors import CorruptRecord, ParentGone
+from kvpersist.testing import batch
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
@@ -105,7 +107,7 @@ async def test_messages_are_found_by_what_they_are(db: Persistence) -> None:
     call = [ToolCallPart("c1", "look", {"place": "cupboard"})]
     turn = [
         Message("user", "Is there TEA?", metadata={"topic": {"name": "tea"}}),
-        Message("assistant", tool_calls=call, extra={"responseType": "execute"}),
+        Message("assistant", tool_calls=call, metadata={"response_type": "execute"}),
         Message("tool", "green", tool_call_id="c1"),
         Message("assistant", [{"type": "text", "text": "Green tea."}, {"type": "image", "url": "https://a.example/i"}]),
     ]
@@ -125,7 +127,7 @@ async def test_messages_are_found_by_what_they_are(db: Persistence) -> None:
     assert await numbers(content_type="tool_use") == await numbers(has_tool_calls=True) == [2]
     assert await numbers(content_type="tool_result") == [3]
     assert await numbers(content_type="image") == [4]
-    assert await numbers(**{"extra.responseType": "execute"}) == [2]
+    assert await numbers(metadata={"response_type": "execute"}) == [2]
     across = await db.messages.find(user_id="finder", role="user")
     assert [each.content for each in across] == ["Is there TEA?"]
     found = await db.messages.search("TEA", session_id="find")
@@ -225,3 +227,23 @@ async def test_turns_of_many_tasks_are_all_there_without_gaps(db: Persistence) -
     assert [each.number for each in kept] == list(range(1, 17))
     assert [each.content for each in kept[::2]] == [each.content for each in kept[1::2]]
     assert sorted(each.content for each in kept[::2]) == list(range(8))
+
+
+@pytest.mark.shows("What is damaged is told, and the rest is read")
+async def test_a_damaged_message_is_told_and_the_rest_is_read(db: Persistence) -> None:
+    await db.sessions.create(id="damaged")
+    await db.messages.append_many("damaged", [Message("user", "one"), Message("user", "two"), Message("user", "three")])
+    entries = await db.store.driver.scan(None, None, limit=1_000_000, keys_only=True)
+    second = sorted(entry.key for entry in entries if ":message:damaged" in entry.key)[1]
+    await db.store.driver.commit([batch(Put(second, b"no record"))])
+    told: list[CorruptRecord] = []
+
+    with pytest.raises(CorruptRecord):
+        await db.messages.range("damaged")
+    kept = await db.messages.range("damaged", on_corrupt=told.append)
+
+    assert [message.content for message in kept] == ["one", "three"]
+    assert [error.key for error in told] == [second]
+    assert [issue.kind for issue in (await db.check(session_id="damaged")).issues if issue.kind == "corrupt"] == [
+        "corrupt"
+    ]

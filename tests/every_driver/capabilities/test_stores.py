@@ -49,7 +49,11 @@ async def test_a_store_is_opened_by_a_mapping_closed_twice_and_opened_again(wher
         assert found == ([] if place.name == "memory" else ["hi"])
 
 
-@pytest.mark.shows("Whether the store answers, and how quickly", "Counts and times of what was done, and sizes")
+@pytest.mark.shows(
+    "Whether the store answers, and how quickly",
+    "Counts and times of what was done, and sizes",
+    "The time that queries take is watched",
+)
 async def test_a_store_tells_how_it_is_and_what_it_did(db: Persistence) -> None:
     health = await db.health(timeout=30)
     await db.sessions.create(id="counted")

@@ -60,7 +60,7 @@ async def open_agentx(where: str, **options: str) -> Source:
     """
     found = found_at(where)
     if found == "folder":
-        parts = await asyncio.to_thread(_home_files, Path(where))
+        parts = await asyncio.to_thread(_home_files, path_of(where))
         if parts:
             return _Home(where, [await open_agentx(str(part), **options) for part in parts])
     elif found == "file":

@@ -18,7 +18,7 @@ from kvpersist import urls
 from kvpersist.driver import needs_extra
 from kvpersist.errors import BadOption, BadRequest, Unavailable
 from kvpersist.ops.importers.plan import printable
-from kvpersist.ops.importers.sql import Database, check_url, found_at, open_database
+from kvpersist.ops.importers.sql import Database, check_url, found_at, open_database, path_of, unlisted
 
 __all__ = ["Place", "normal", "open_place"]
 
@@ -70,7 +70,7 @@ async def open_place(where: str, **options: str) -> Place:
     if scheme in _SCHEMES:
         return await _Redis.open(where, options.get("base", "agentx"))
     if found_at(where) == "folder":
-        return _Folder(Path(where))
+        return _Folder(path_of(where))
     return await _Table.open(where, options.get("table"))
 
 
@@ -133,7 +133,7 @@ class _Folder(Place):
 
     def _walk(self) -> dict[str, Path]:
         found: dict[str, Path] = {}
-        for folder, _, files in os.walk(self._base):
+        for folder, _, files in os.walk(self._base, onerror=unlisted):
             for file in files:
                 path = Path(folder, file)
                 if path.is_file() and not path.is_symlink():  # a pipe would be waited for

@@ -36,6 +36,7 @@ from kvpersist.ops.importers.plan import (
     object_or_none,
     read_json,
 )
+from kvpersist.ops.importers.sql import unlisted
 
 __all__ = ["agent_folders", "folders_beside", "items_beside", "items_of"]
 
@@ -46,7 +47,7 @@ _PAGE: Final = 200  # events handed on at once
 def agent_folders(base: Path) -> list[tuple[str, Path]]:
     """The agents of a folder by the path below it, sorted; forks lie below their parents. Links are not followed."""
     found: list[tuple[str, Path]] = []
-    for folder, below, files in os.walk(base):
+    for folder, below, files in os.walk(base, onerror=unlisted):
         path = Path(folder)
         if path != base and ("meta.json" in files or any(part in below for part in _PARTS)):
             found.append((path.relative_to(base).as_posix(), path))

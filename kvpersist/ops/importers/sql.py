@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, Literal, Self, TypeAlias, cast
+from typing import Any, Final, Literal, NoReturn, Self, TypeAlias, cast
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 from msgspec import Struct
@@ -23,7 +23,7 @@ from kvpersist import urls
 from kvpersist.driver import needs_extra
 from kvpersist.errors import BadOption, BadRequest, Unavailable
 
-__all__ = ["Database", "JsonText", "Row", "Table", "check_url", "found_at", "open_database", "path_of"]
+__all__ = ["Database", "JsonText", "Row", "Table", "check_url", "found_at", "open_database", "path_of", "unlisted"]
 
 Row: TypeAlias = dict[str, Any]
 """A row by the plain names of its columns."""
@@ -215,6 +215,11 @@ def found_at(where: str) -> Literal["folder", "file", "url"]:
     if not path.exists():
         raise FileNotFoundError(2, "no such file or folder", str(path))
     return "folder" if path.is_dir() else "file"
+
+
+def unlisted(error: OSError) -> NoReturn:
+    """For `os.walk`, which passes over a folder that cannot be listed, with all that is in it."""
+    raise error
 
 
 class _Sqlite(Database):

@@ -550,3 +550,12 @@ async def test_a_pipe_in_a_folder_is_not_waited_for(folder: Path, db: Persistenc
         await brought(db, f"agentx:{folder}")
 
     assert await db.sessions.count() == 1
+
+
+async def test_a_folder_may_be_named_as_a_url_of_sqlite_is(folder: Path, db: Persistence) -> None:
+    (folder / "sessions").mkdir()
+    (folder / "sessions" / "s1").write_text('{"sessionId": "s1"}')
+
+    await brought(db, f"agentx:sqlite:///{folder}")
+
+    assert await db.sessions.exists("s1")

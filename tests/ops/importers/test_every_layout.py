@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -135,6 +136,26 @@ async def test_progress_is_told_after_each_record(source: str) -> None:
 
     assert [progress.done for progress in told] == list(range(1, len(told) + 1))
     assert told and all(progress.total is None or progress.total >= 1 for progress in told)
+
+
+@pytest.mark.parametrize("system", ["agentx", "kode"])
+async def test_a_folder_that_cannot_be_listed_is_no_empty_one(
+    system: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "agent" / "runtime" / "closed").mkdir(parents=True)
+    (folder / "sessions").mkdir()
+    (folder / "agent" / "meta.json").write_text("{}")
+    lists = os.scandir
+
+    def refuses(path: Any) -> Any:
+        if Path(path).name in ("sessions", "agent"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return lists(path)
+
+    monkeypatch.setattr(os, "scandir", refuses)
+    with pytest.raises(PermissionError):
+        async with kvpersist.open("memory://") as db, await open_source(f"{system}:{folder}") as source:
+            await import_from(db, source)
 
 
 async def test_stop_ends_at_the_first_row_that_cannot_be_imported(folder: Path) -> None:

@@ -158,7 +158,6 @@ class OrderedTurns:
                     continue
                 if type(item) is Kill:
                     return await self._kill(part, parent, item)
-                await self._catch_up(part, draft, write=True)  # what others wrote, and have not counted
                 if isinstance(item, (Remove, Replace, ReplaceCalls)):
                     hold = _Hold(parent)
                     try:
@@ -167,6 +166,7 @@ class OrderedTurns:
                         parent = hold.parent
                     amends.append(Recount())
                     continue
+                await self._catch_up(part, draft, write=True)  # what others wrote, and have not counted
                 if isinstance(item, (Begin, End, EditCall)):  # what a crash keeps from being counted no number tells
                     hold = _Hold(parent)
                     await self._keep(part, hold, 0.0)
@@ -190,6 +190,8 @@ class OrderedTurns:
         if before is None or abs(draft.updated_at - before) >= EXACT:
             indexed_at = draft.updated_at
             ops.append(Put(every.updated_key(part, indexed_at), part.encode()))
+        if draft.messages < 0 or any(count < 0 for counts in draft.tools.values() for count in counts):
+            draft.unsure = True  # something went that was not counted: to be counted again
         stat = draft.done(indexed_at)
         if stat == parent.stat:
             return Built([], lambda version: parent, results)

@@ -380,7 +380,8 @@ class Persistence:
     async def close(self) -> None:
         """End runs that stream and what reads events, and close the stores that `open` opened; once is enough."""
         try:
-            await self._ending.settle()
+            if not self.store._is_forked:  # there they are the parent's
+                await self._ending.settle()
         finally:
             try:
                 await self.events.close()

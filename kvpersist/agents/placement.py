@@ -7,9 +7,9 @@ is placed together, and the birth keys of parents stay in the main store.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
 from typing import Any, Final, TypeAlias, cast
 
 from kvpersist.driver import Driver
@@ -74,10 +74,9 @@ class Placement:
     async def close(self) -> None:
         """Close what was opened, each even if another cannot be."""
         opened, self.opened = self.opened, []
-        ended = await asyncio.gather(*(store.close() for store in reversed(opened)), return_exceptions=True)
-        for error in ended:
-            if isinstance(error, BaseException):
-                raise error
+        async with AsyncExitStack() as stack:  # one after the other: the child of a fork has no loop to gather in
+            for store in opened:
+                stack.push_async_callback(store.close)
 
     async def add(self, files: Beside, events: Beside, open_beside: Callable[[Any], Awaitable[Store]]) -> None:
         """Open the stores beside the main one; where that fails, `close` closes those that are open.

@@ -39,6 +39,8 @@ from kvpersist.testing import AWKWARD_KEYS, DriverContract, batch, driver_machin
 from kvpersist.testing.clock import ManualClock
 from kvpersist_drivers.buckets import BucketDriver, BucketOptions
 from kvpersist_drivers.buckets._names import before, behind, escaped, unescaped
+from kvpersist_drivers.buckets._records import Records
+from kvpersist_drivers.buckets._store import Changed
 
 Service = Callable[[str], dict[str, str]]
 Place = dict[str, Any]
@@ -1014,3 +1016,21 @@ async def test_a_conversation_is_kept_listed_and_deleted(place: Place) -> None:
         assert await db.sessions.delete(session.id)
         assert await db.sessions.get(session.id) is None
         assert await db.sessions.list() == []
+
+
+async def test_a_write_whose_second_sending_met_the_first_is_not_told_to_have_changed_nothing() -> None:
+    class Cut:
+        """Its connection is cut behind a PUT that landed: sent again, it is refused, and then nothing answers."""
+
+        where = "s3://cut"
+
+        async def put(self, *_: object) -> str:
+            raise Changed
+
+        async def get(self, *_: object) -> None:
+            raise Unavailable("could not connect")
+
+    records = Records(Cut(), "", None)  # type: ignore[arg-type]
+
+    with pytest.raises(CommitUnknown):
+        await records.put("a", b"value", b"version!", 0, ABSENT)

@@ -65,6 +65,7 @@ class Proxy:
         self._links: set[_Link] = set()
         self._serving: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
+        self._held: socket.socket | None = None  # the port, while it refuses
         self._cut_after: int | None = None
         self._delay = self._jitter = 0.0  # seconds
         ready = threading.Event()
@@ -154,9 +155,14 @@ class Proxy:
         ready.set()
         await self._ending.wait()
         await self._refuse()
+        if self._held is not None:
+            self._held.close()
         await self._cut(reset=True)
 
     async def _accept(self) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None
         while self._server is None:
             # A port below those the system gives to outgoing connections, so that nobody gets it while we refuse.
             port = self.port or random.randrange(20_000, 32_000)
@@ -172,6 +178,9 @@ class Proxy:
         if self._server is not None:
             self._server.close()
             self._server = None
+            self._held = socket.socket()  # bound, and not listening: refused, and nobody else gets the port
+            self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._held.bind((_HOST, self.port))
 
     async def _cut(self, reset: bool) -> None:
         for link in self._links:

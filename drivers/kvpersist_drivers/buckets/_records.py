@@ -23,7 +23,7 @@ from typing import Final, NamedTuple
 from zlib import crc32
 
 from kvpersist.driver import ABSENT, HEADER_BYTES, Clock, Entry, Expect, packed_header, unpacked_entry
-from kvpersist.errors import Busy, Conflict, CorruptRecord, Unavailable
+from kvpersist.errors import Busy, CommitUnknown, Conflict, CorruptRecord, KvError, Unavailable
 from kvpersist_drivers.buckets._names import escaped, internal
 from kvpersist_drivers.buckets._store import ANY, NEW, Changed, Condition, Conditions, Found, ObjectStore, Upload
 
@@ -155,7 +155,10 @@ class Records:
         try:
             tag = await upload.finish()
         except Changed as error:
-            found = self.state(await self._look(key))
+            try:
+                found = self.state(await self._look(key))
+            except KvError as unread:  # as in `replace`
+                raise CommitUnknown((key,), str(unread)) from unread
             if expect is not None and found != expect:
                 raise Conflict(key, expect, found) from error
             where = self.store.where
@@ -191,7 +194,10 @@ class Records:
                 # over what is an entry an unconditional write may go blindly, see above
                 await write(NEW if seen is None else ANY if expect is None and seen.version is not None else seen.tag)
             except Changed:
-                seen, fresh = await self._look(key), True
+                try:
+                    seen, fresh = await self._look(key), True
+                except KvError as error:  # what changed it may have been ours: aiohttp sends a cut request again
+                    raise CommitUnknown((key,), str(error)) from error
                 if seen is not None and seen.version == version:
                     return  # it was ours: a client that was handed in tried twice
                 await asyncio.sleep(random.random() * _PAUSE * 2**attempt)

@@ -21,7 +21,6 @@ __all__ = [
     "Edit",
     "EditCall",
     "EditSession",
-    "End",
     "Item",
     "Kill",
     "Remove",
@@ -76,15 +75,6 @@ class Begin:
 
     def __init__(self, call: ToolCall, place: tuple[int, int] | None = None) -> None:
         self.call, self.place = call, place
-
-
-class End:
-    """The end of a call that was begun. Answered with it, None if it is gone."""
-
-    __slots__ = ("is_error", "number", "position", "result")
-
-    def __init__(self, number: int, position: int, result: Any, is_error: bool) -> None:
-        self.number, self.position, self.result, self.is_error = number, position, result, is_error
 
 
 class EditCall:
@@ -175,7 +165,7 @@ class Kill:
         self.guard, self.before, self.closed = guard, before, closed
 
 
-Item = Turn | Edit | Remove | Replace | ReplaceCalls | Begin | End | EditCall | EditSession | Kill
+Item = Turn | Edit | Remove | Replace | ReplaceCalls | Begin | EditCall | EditSession | Kill
 
 
 def asked_call(message: Message, position: int) -> ToolCall:
@@ -249,10 +239,10 @@ def edited_call(item: EditCall, codec: RecordCodec[ToolCall], entry: Entry, now:
     return changed
 
 
-def ended(call: ToolCall, item: End, now: datetime) -> ToolCall:
+def ended(call: ToolCall, now: datetime, *, result: Any, is_error: bool) -> ToolCall:
     """The call once what was begun has ended."""
-    state = "failed" if item.is_error else "completed"
-    return msgspec.structs.replace(call, state=state, is_error=item.is_error, result=item.result, completed_at=now)
+    state = "failed" if is_error else "completed"
+    return msgspec.structs.replace(call, state=state, is_error=is_error, result=result, completed_at=now)
 
 
 def edited(fn: Callable[[Message], Message], codec: RecordCodec[Message], entry: Entry) -> Message:

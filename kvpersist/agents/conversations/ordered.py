@@ -22,7 +22,6 @@ from kvpersist.agents.conversations.items import (
     Edit,
     EditCall,
     EditSession,
-    End,
     Item,
     Kill,
     Remove,
@@ -37,7 +36,6 @@ from kvpersist.agents.conversations.items import (
     edited,
     edited_call,
     edited_session,
-    ended,
     unanswered,
     weight,
 )
@@ -167,7 +165,7 @@ class OrderedTurns:
                     amends.append(Recount())
                     continue
                 await self._catch_up(part, draft, write=True)  # what others wrote, and have not counted
-                if isinstance(item, (Begin, End, EditCall)):  # what a crash keeps from being counted no number tells
+                if isinstance(item, (Begin, EditCall)):  # what a crash keeps from being counted no number tells
                     hold = _Hold(parent)
                     await self._keep(part, hold, 0.0)
                     parent = hold.parent
@@ -368,8 +366,6 @@ class OrderedTurns:
                 await ordered_writer(self._all.tool_calls).remove(self._all.tool_calls._pk_of(call))
                 raise ParentGone("session", session_id)
             return call
-        if type(item) is End:
-            return await self._end(part, draft, item)
         if type(item) is EditCall:
             return await self._edit_call(part, draft, item)
         if type(item) is EditSession:
@@ -544,24 +540,6 @@ class OrderedTurns:
         draft.count(None, call)
         draft.touch(call.created_at)
         return call
-
-    async def _end(self, part: str, draft: Draft, item: End) -> ToolCall | None:
-        every = self._all
-        writer = ordered_writer(every.tool_calls)
-        pk = f"{part}!{keys.encode(item.number)}!{keys.encode(item.position)}"
-        while True:
-            entry = await self._alive(every.call_prefix + pk)
-            if entry is None:
-                return None
-            call = writer._codec.decode(entry.key, entry.value)
-            done = ended(call, item, every.now())
-            try:
-                await writer.save(pk, done, old=entry)
-            except Conflict:
-                continue
-            draft.count(call, done)
-            draft.touch(done.completed_at)
-            return done
 
     async def _edit_call(self, part: str, draft: Draft, item: EditCall) -> ToolCall | None:
         every = self._all

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 from uuid import UUID
 
 from kvpersist import keys
 from kvpersist.agents.collections import Collections
 from kvpersist.agents.conversations.approvals import CallStates
-from kvpersist.agents.conversations.items import Begin, End
+from kvpersist.agents.conversations.items import Begin, EditCall, ended
 from kvpersist.agents.conversations.messages import Messages
 from kvpersist.agents.conversations.ordered import OrderedTurns
 from kvpersist.agents.conversations.turns import Turns
@@ -189,10 +190,11 @@ class ToolCalls(CallStates):
             yield recording
         except BaseException as error:  # a cancelled call has failed, too; the cancellation goes on
             text = str(error) or type(error).__name__
-            await self._turns.submit(parent, End(begun.number, begun.position, text, True))
+            failed = partial(ended, result=text, is_error=True)
+            await self._turns.submit(parent, EditCall(begun.number, begun.position, failed))
             raise
-        end = End(begun.number, begun.position, recording.result, recording.is_error)
-        recording.call = await self._turns.submit(parent, end) or begun
+        done = partial(ended, result=recording.result, is_error=recording.is_error)
+        recording.call = await self._turns.submit(parent, EditCall(begun.number, begun.position, done)) or begun
 
     def _asked(
         self,

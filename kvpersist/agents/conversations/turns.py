@@ -21,7 +21,6 @@ from kvpersist.agents.conversations.items import (
     Edit,
     EditCall,
     EditSession,
-    End,
     Item,
     Kill,
     Remove,
@@ -35,7 +34,6 @@ from kvpersist.agents.conversations.items import (
     edited,
     edited_call,
     edited_session,
-    ended,
     unanswered,
     weight,
 )
@@ -281,8 +279,6 @@ class Round:
             return await self._replace_calls(item)
         if type(item) is Begin:
             return await self._begin(item.call, item.place)
-        if type(item) is End:
-            return await self._end(item)
         if type(item) is EditCall:
             return await self._edit_call(item)
         if type(item) is Kill:
@@ -472,20 +468,6 @@ class Round:
         self._draft.count(None, call)
         self._draft.touch(call.created_at)
         return call
-
-    async def _end(self, item: End) -> ToolCall | None:
-        every = self._all
-        pk = self._call_pk(item.number, item.position)
-        [entry] = await self._store._entries([every.call_prefix + pk])
-        if entry is None:
-            return None
-        call = every.tool_calls._codec.decode(entry.key, entry.value)
-        done = ended(call, item, every.now())
-        every.tool_calls._codec.encode(pk, done)  # what cannot be kept fails here
-        self._calls[pk] = entry, done
-        self._draft.count(call, done)
-        self._draft.touch(done.completed_at)
-        return done
 
     async def _edit_call(self, item: EditCall) -> ToolCall | None:
         every = self._all

@@ -203,7 +203,7 @@ class AgentThread:
                 closed = self._submit(self._closes)  # after the step that it is at, however long that takes
                 if not isinstance(error, asyncio.CancelledError):
                     await asyncio.wrap_future(closed)
-        except Exception as failure:
+        except Exception as failure:  # of the agent's code: it raises anything
             if error is None:
                 raise
             error.add_note(f"and closing the agent's stream failed: {failure!r}")

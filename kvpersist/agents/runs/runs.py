@@ -271,7 +271,7 @@ class StoredAgent:
                 if turn.messages or not partial:
                     raise
                 await self._append(turn, options, failed)
-        except Exception as failure:
+        except Exception as failure:  # the run's own error goes on, and says this
             if isinstance(error, GeneratorExit):  # whoever left the stream does not get to see that one
                 raise
             error.add_note(f"and the failed turn was not stored: {failure!r}")

@@ -18,7 +18,7 @@ from kvpersist import urls
 from kvpersist.driver import needs_extra
 from kvpersist.errors import BadOption, BadRequest, Unavailable
 from kvpersist.ops.importers.plan import printable
-from kvpersist.ops.importers.sql import Database, check_url, found_at, open_database, path_of, unlisted
+from kvpersist.ops.importers.sql import Database, check_url, found_at, held_database, path_of, unlisted
 
 __all__ = ["Place", "normal", "open_place"]
 
@@ -83,18 +83,14 @@ class _Table(Place):
 
     @classmethod
     async def open(cls, where: str, table: str | None) -> _Table:
-        database = await open_database(where)
-        try:
+        async with held_database(where) as database:
             for name in (table,) if table else _TABLES:
                 found = await database.table(name)
                 if found is not None and found.has("value") and (found.has("key") or found.has("id")):
                     key = found.columns.get("key") or found.columns["id"]
                     return cls(database, name, key, found.columns["value"])
-        except BaseException:
-            await database.close()
-            raise
-        await database.close()
-        raise BadRequest(f"{database.shown} has no table {table or _TABLES[0]} of keys and values: no store of agentx")
+            wanted = table or _TABLES[0]
+            raise BadRequest(f"{database.shown} has no table {wanted} of keys and values: no store of agentx")
 
     async def keys(self) -> list[str]:
         rows = await self._database.fetch(f"SELECT {self._key} FROM {self._from}")  # noqa: S608 - quoted names

@@ -8,7 +8,7 @@ from typing import Any, Final, Self
 
 from kvpersist.events.records import NewEvent
 from kvpersist.ops.importers.plan import Bad, ConsumerPosition, Events, Item, Problem, Source, json_value
-from kvpersist.ops.importers.sql import Database, Row, Table, open_database
+from kvpersist.ops.importers.sql import Database, Row, Table, held_database
 
 __all__ = ["AgentxQueue"]
 
@@ -30,9 +30,9 @@ class AgentxQueue(Source):
         Raises:
             BadRequest: it is no queue.
         """
-        database = await open_database(where)
-        entries = await database.needed("entries", "the agentx queue", "cursor", "topic", "event")
-        return cls(database, entries, await database.table("consumers"))
+        async with held_database(where) as database:
+            entries = await database.needed("entries", "the agentx queue", "cursor", "topic", "event")
+            return cls(database, entries, await database.table("consumers"))
 
     async def items(self) -> AsyncIterator[Item]:
         database, entries = self._database, self._entries

@@ -11,7 +11,7 @@ from kvpersist.errors import BadOption, BadRequest
 from kvpersist.ops.importers.kode_files import agent_folders, folders_beside, items_beside, items_of
 from kvpersist.ops.importers.kode_records import agent_of, conversation_of, snapshot_of
 from kvpersist.ops.importers.plan import Bad, Item, Problem, Source, json_value, required_text
-from kvpersist.ops.importers.sql import Database, Row, Table, found_at, open_database, path_of
+from kvpersist.ops.importers.sql import Database, Row, Table, found_at, held_database, path_of
 
 __all__ = ["open_kode"]
 
@@ -83,12 +83,8 @@ async def open_kode(where: str, *, files: str | None = None) -> Source:
             raise BadRequest(f"{where} holds no agents: no store of kode")
         return _Folder(base)
     beside = path_of(where).parent if files is None and found == "file" else None
-    database = await open_database(where)
-    try:
+    async with held_database(where) as database:
         return await _Tables.over(database, beside if files is None else Path(files))
-    except BaseException:
-        await database.close()
-        raise
 
 
 class _Folder(Source):

@@ -32,7 +32,7 @@ from kvpersist.ops.importers.plan import (
     read_json,
     text_or_none,
 )
-from kvpersist.ops.importers.sql import Database, Table, open_database
+from kvpersist.ops.importers.sql import Database, Table, held_database
 
 __all__ = ["open_langgraph"]
 
@@ -70,13 +70,9 @@ async def open_langgraph(where: str, *, channel: str = "messages") -> Source:
     Args:
         channel: of the graph's state, in which it keeps its messages.
     """
-    database = await open_database(where)
-    try:
+    async with held_database(where) as database:
         table = await database.needed("checkpoints", _SYSTEM, "thread_id", "checkpoint_ns", "checkpoint_id", "type")
         return _Langgraph(database, table, channel)
-    except BaseException:
-        await database.close()
-        raise
 
 
 class _Object(Struct, frozen=True):

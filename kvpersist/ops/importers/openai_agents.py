@@ -23,7 +23,7 @@ from kvpersist.ops.importers.plan import (
     required_text,
     text_or_none,
 )
-from kvpersist.ops.importers.sql import Database, Row, Table, open_database
+from kvpersist.ops.importers.sql import Database, Row, Table, held_database
 
 __all__ = ["open_openai_agents"]
 
@@ -33,14 +33,10 @@ _NO_ID: Final = "__fake_id__"  # what the SDK writes where there is none
 
 async def open_openai_agents(where: str) -> Source:
     """Open the SQLite file."""
-    database = await open_database(where)
-    try:
+    async with held_database(where) as database:
         sessions = await database.needed("agent_sessions", _SYSTEM, "session_id")
         messages = await database.needed("agent_messages", _SYSTEM, "id", "session_id", "message_data")
         return _Sessions(database, sessions, messages)
-    except BaseException:
-        await database.close()
-        raise
 
 
 class _Sessions(Source):

@@ -27,7 +27,7 @@ from kvpersist.ops.importers.plan import (
     required_text,
     text_or_none,
 )
-from kvpersist.ops.importers.sql import Database, Row, Table, open_database
+from kvpersist.ops.importers.sql import Database, Row, Table, held_database
 
 __all__ = ["open_prisma"]
 
@@ -37,16 +37,12 @@ _ROLES: Final = ("user", "assistant", "system")
 
 async def open_prisma(where: str) -> Source:
     """Open the database: a SQLite file, or the URL of PostgreSQL or MySQL, as in ``DATABASE_URL``."""
-    database = await open_database(where.removeprefix("file:"))
-    try:
+    async with held_database(where.removeprefix("file:")) as database:
         sessions = await database.needed("agent_sessions", _SYSTEM, "id", "createdAt")
         messages = await database.needed("agent_messages", _SYSTEM, "id", "sessionId", "role", "content", "timestamp")
         calls = await database.table("agent_tool_calls")
         confirmations = await database.table("agent_pending_confirmations")
         return _Prisma(database, sessions, messages, calls, confirmations)
-    except BaseException:
-        await database.close()
-        raise
 
 
 class _Prisma(Source):

@@ -24,7 +24,7 @@ from kvpersist.ops.importers.plan import (
     required_text,
     text_or_none,
 )
-from kvpersist.ops.importers.sql import Database, JsonText, Row, Table, open_database
+from kvpersist.ops.importers.sql import Database, JsonText, Row, Table, held_database
 
 __all__ = ["open_seashore"]
 
@@ -34,14 +34,10 @@ _ROLES: Final = ("user", "assistant", "system", "tool")
 
 async def open_seashore(where: str) -> Source:
     """Open the database by its URL."""
-    database = await open_database(where)
-    try:
+    async with held_database(where) as database:
         threads = await database.needed("threads", _SYSTEM, "id", "agent_id", "created_at")
         messages = await database.needed("messages", _SYSTEM, "id", "thread_id", "role", "content")
         return _Seashore(database, threads, messages, await database.table("traces"), await database.table("sessions"))
-    except BaseException:
-        await database.close()
-        raise
 
 
 class _Seashore(Source):

@@ -12,7 +12,7 @@ import os
 import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, Self, TypeAlias, cast
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
@@ -23,7 +23,18 @@ from kvpersist import urls
 from kvpersist.driver import needs_extra
 from kvpersist.errors import BadOption, BadRequest, Unavailable
 
-__all__ = ["Database", "JsonText", "Row", "Table", "check_url", "found_at", "open_database", "path_of", "unlisted"]
+__all__ = [
+    "Database",
+    "JsonText",
+    "Row",
+    "Table",
+    "check_url",
+    "found_at",
+    "held_database",
+    "open_database",
+    "path_of",
+    "unlisted",
+]
 
 Row: TypeAlias = dict[str, Any]
 """A row by the plain names of its columns."""
@@ -184,6 +195,17 @@ async def open_database(where: str) -> Database:
     if scheme == "sqlite":
         return await _Sqlite.open(where)
     raise BadOption("source", f"{scheme}:// is no database read here: a SQLite file, postgresql:// or mysql://")
+
+
+@asynccontextmanager
+async def held_database(where: str) -> AsyncIterator[Database]:
+    """Open a database, as `open_database`, for what the block makes of it; closed again only where the block fails."""
+    database = await open_database(where)
+    try:
+        yield database
+    except BaseException:  # cancelled too: nobody else has it
+        await database.close()
+        raise
 
 
 def check_url(where: str) -> urls.UrlParts:

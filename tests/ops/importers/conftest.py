@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,21 @@ async def db(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Pe
     without = {"atomic_batch", "reverse", "deref"} if request.param == "ordered" else ()
     async with kvpersist.open(FaultyDriver(MemoryDriver(), without=without)) as opened:
         yield opened
+
+
+@pytest.fixture
+def service(
+    service: Callable[[str], dict[str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], dict[str, str]]]:
+    """As everywhere, for one test at a time: the layouts of others have names that cannot be chosen."""
+    with (tmp_path_factory.getbasetemp().parent / "layouts.lock").open("w") as lock:
+
+        def alone(name: str) -> dict[str, str]:
+            told = service(name)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, after the layout was removed
+            return told
+
+        yield alone
 
 
 @pytest.fixture

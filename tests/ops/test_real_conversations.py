@@ -169,7 +169,7 @@ async def test_exports_imported_for_another_user_are_equal_but_for_ids_and_owner
 
     assert sorted(map(stripped, after.values())) == sorted(map(stripped, before.values()))
     assert before.keys().isdisjoint(after.keys())
-    assert {session["user_id"] for session, _, _ in after.values()} == {"bob"}
+    assert {session["user_id"] for session, *_ in after.values()} == {"bob"}
 
 
 async def test_an_import_killed_several_times_ends_in_the_store_of_one_that_was_not(

@@ -14,7 +14,8 @@ from kvpersist.cli.render import clean, is_terminal, print_items, print_json, re
 from kvpersist.driver import ABSENT
 from kvpersist.errors import BadOption, CorruptRecord, LargeValue, ReservedNamespace
 from kvpersist.keys import partition
-from kvpersist.store import Store, open_store
+from kvpersist.opening import open_store
+from kvpersist.store import Store
 from kvpersist.urls import parse_duration
 
 __all__ = ["agreed", "get", "ls", "put", "rm"]

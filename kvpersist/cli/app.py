@@ -170,7 +170,7 @@ def _next_step(error: errors.KvError) -> str:
             if "kvpersist init" in error.expected:
                 return f"it needs {error.expected}"
             if _is_absent(error):
-                return "another name? (see: kvpersist config --origins) demo, import and put make a new one"
+                return "another name? (see: kvpersist config --origins) init, demo, import and put make a new one"
             return "try: kvpersist config --origins"
         case errors.MalformedRecord():
             return "correct it and import again, or leave such records out: --on-error skip"

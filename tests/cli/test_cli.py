@@ -422,7 +422,7 @@ def test_rm_with_a_prefix_needs_yes_and_asks_nobody_in_a_pipe(kv: Command, url: 
     assert len(kv("ls", "app:").out.split()) == 2
 
     removed = kv("rm", "--prefix", "app:", "--yes")
-    assert (removed.code, removed.err) == (0, "removed 2\n")
+    assert (removed.code, removed.err) == (0, "removed 2 keys\n")
     assert kv("ls", "app:").out == ""
     assert kv("ls", "zoo:").out == "zoo:c\n"
 
@@ -771,7 +771,7 @@ def test_a_terminal_is_asked_before_a_prefix_is_removed(kv: Command, url: str) -
     yes, _ = terminal(["rm", "--prefix", "app:", "--url", url], typed=b"y\n")
 
     assert (no, yes) == (2, 0)
-    assert "remove 1 keys that start with 'app:'? [y/N]" in asked
+    assert "remove 1 key with the prefix 'app:'? [y/N]" in asked
     assert kv("ls", "app:").out == ""
 
 

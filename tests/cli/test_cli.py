@@ -723,6 +723,16 @@ def test_help_names_arguments_and_no_default_of_a_flag(capsys: pytest.CaptureFix
     assert "None" not in shown
 
 
+def test_the_help_of_a_command_says_more_than_its_line_in_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    run(["health", "--help"])
+    own = " ".join(capsys.readouterr().out.split())
+
+    listed = " ".join(shell("--help").stdout.decode().split())
+
+    assert "Exit code 4: one does not; 1: one cannot be written." in own
+    assert "Exit code" not in listed
+
+
 def test_a_reader_that_goes_away_from_help_is_no_error(url: str) -> None:
     script = f"set -o pipefail; {sys.executable} -m kvpersist --help | true"
 

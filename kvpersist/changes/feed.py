@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from kvpersist.changes.routing import Listener, Router
 from kvpersist.changes.scope import Scope
-from kvpersist.changes.source import FIRST_PAUSE, LONGEST_PAUSE, Source
+from kvpersist.changes.source import FIRST_PAUSE, LONGEST_PAUSE, Source, Spawn
 from kvpersist.changes.waker import Waker
 from kvpersist.driver import Watches
 from kvpersist.errors import KvError, StoreClosed
-
-if TYPE_CHECKING:
-    from kvpersist.changes.hub import Hub
 
 __all__ = ["Feed"]
 
@@ -24,8 +21,8 @@ _SHARE: Final = 0.002  # seconds: with n wakers, news that names no key wakes al
 class Feed(Source):
     """What the driver tells of one namespace, or of the whole store."""
 
-    def __init__(self, hub: Hub, driver: Watches, prefix: str) -> None:
-        super().__init__(hub)
+    def __init__(self, spawn: Spawn, driver: Watches, prefix: str) -> None:
+        super().__init__(spawn)
         self.router = Router()
         self._driver, self._prefix = driver, prefix
         self._woke = 0.0  # when the wakers were woken for news that names no key, by the loop's clock
@@ -74,11 +71,11 @@ class Feed(Source):
             else:
                 listener.missed()
         if wakers and self._timer is None:
-            self._timer = self.hub.loop.call_at(self._woke + _SHARE * wakers, self._wake)
+            self._timer = self._loop.call_at(self._woke + _SHARE * wakers, self._wake)
         self._begin()
 
     def _wake(self) -> None:
-        self._timer, self._woke = None, self.hub.loop.time()
+        self._timer, self._woke = None, self._loop.time()
         for listener in list(self.router.listeners):
             if isinstance(listener, Waker):
                 listener.missed()

@@ -7,16 +7,17 @@ namespace whatever the number of watchers, and of the store's own commits at onc
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Final, Protocol
 
+from kvpersist.changes.box import Box
 from kvpersist.changes.feed import Feed
 from kvpersist.changes.routing import Listener, Router
 from kvpersist.changes.scope import Scope
-from kvpersist.changes.survey import Survey
+from kvpersist.changes.source import Source
+from kvpersist.changes.survey import Reads, Survey
 from kvpersist.changes.waker import Waker
-from kvpersist.changes.watch import Box
-from kvpersist.driver import Capabilities, Check, Driver, Entry, Op, Put, Watches
+from kvpersist.driver import Capabilities, Check, Driver, Op, Put, Watches
 
 __all__ = ["Hub"]
 
@@ -24,7 +25,7 @@ _WAKE: Final = 0.25  # seconds between looks of a waker: it costs its owner one 
 _SAFETY: Final = 5.0  # seconds after which a waker returns in any case: some writers may not tell
 
 
-class _Store(Protocol):
+class _Store(Reads, Protocol):
     """What a hub needs of the store it belongs to."""
 
     driver: Driver
@@ -32,11 +33,6 @@ class _Store(Protocol):
     timeout: float | None
     _owned: frozenset[str]
     _hub: Hub | None
-
-    async def _entries(self, keys: Sequence[str]) -> list[Entry | None]: ...
-    async def _scan(
-        self, start: str | None, end: str | None, *, limit: int, keys_only: bool = False
-    ) -> list[Entry]: ...
 
 
 class Hub:
@@ -65,7 +61,7 @@ class Hub:
         for box in list(self._boxes):
             box.end(None)
         for waker in list(self._wakers):
-            waker.wake()
+            waker.close()
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
@@ -81,7 +77,7 @@ class Hub:
     def waker(
         self, scope: Scope, interval: float = _WAKE, *, safety: float | None = _SAFETY, own: bool = True
     ) -> Waker:
-        waker = Waker(self, interval, safety)
+        waker = Waker(self.leave, interval, safety)
         self._wakers.add(waker)
         if own and self.store.capabilities.watch != "local":  # which tells at once
             self._own.add(waker, scope)
@@ -97,12 +93,12 @@ class Hub:
         for prefix in {""} if able.watch == "poll" else scope.namespaces():
             feed = self._feeds.get(prefix)
             if feed is None:
-                feed = self._feeds[prefix] = Feed(self, driver, prefix)
+                feed = self._feeds[prefix] = Feed(self.spawn, driver, prefix)
             feed.join(listener, scope)
             found.append(feed)
         return found
 
-    def open(self, box: Box) -> list[Feed | Survey]:
+    def open(self, box: Box) -> list[Source]:
         """Have changes put into ``box``."""
         self._boxes.add(box)
         if self.store.capabilities.watch in ("push", "local") and (feeds := self.feeds(box, box.scope)):
@@ -110,8 +106,12 @@ class Hub:
         name = (box.scope, box.interval)
         survey = self._surveys.get(name)
         if survey is None:
-            survey = self._surveys[name] = Survey(self, box.scope, box.interval)
-            self._own.add(survey, box.scope)
+            scope, interval = name
+            survey = Survey(
+                self.spawn, self.store, scope, interval, lambda: self.waker(scope, interval, safety=None, own=False)
+            )
+            self._surveys[name] = survey
+            self._own.add(survey, scope)
         survey.join(box)
         return [survey]
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeAlias
 
 from kvpersist.batching import own_instance
 
-if TYPE_CHECKING:
-    from kvpersist.changes.hub import Hub
+__all__ = ["FIRST_PAUSE", "LONGEST_PAUSE", "Source", "Spawn"]
 
-__all__ = ["FIRST_PAUSE", "LONGEST_PAUSE", "Source"]
+Spawn: TypeAlias = Callable[[Callable[[], Coroutine[Any, Any, None]]], asyncio.Task[None]]
+"""Starts what is to be ended before the store is."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0  # seconds before a source that failed is asked again
 
@@ -18,8 +19,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0  # seconds before a source that failed is
 class Source:
     """Something that runs while it is wanted; ``begun`` once it misses nothing any more."""
 
-    def __init__(self, hub: Hub) -> None:
-        self.hub = hub
+    def __init__(self, spawn: Spawn) -> None:
+        self._spawn = spawn
+        self._loop = asyncio.get_running_loop()
         self.begun = False
         self._error: Exception | None = None
         self._waiting: list[asyncio.Future[None]] = []
@@ -31,14 +33,14 @@ class Source:
             return
         if self._error is not None:
             raise own_instance(self._error)
-        waiting: asyncio.Future[None] = self.hub.loop.create_future()
+        waiting: asyncio.Future[None] = self._loop.create_future()
         self._waiting.append(waiting)
         await waiting
 
     def start(self) -> None:
         if self._task is None or self._task.done():
             self._error = None
-            self._task = self.hub.spawn(self._run)
+            self._task = self._spawn(self._run)
 
     def end(self) -> None:
         if self._task is not None:

@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, Protocol
 
 from kvpersist import keys
+from kvpersist.changes.routing import Listener
 from kvpersist.changes.scope import Scope
-from kvpersist.changes.source import LONGEST_PAUSE, Source
+from kvpersist.changes.source import LONGEST_PAUSE, Source, Spawn
+from kvpersist.changes.waker import Waker
+from kvpersist.driver import Entry
 from kvpersist.errors import KvError, Unsupported
 
-if TYPE_CHECKING:
-    from kvpersist.changes.hub import Hub
-    from kvpersist.changes.watch import Box
-
-__all__ = ["Survey"]
+__all__ = ["Reads", "Survey"]
 
 _MOST: Final = 100_000  # keys whose versions are remembered, per watched prefix
 _PAGE: Final = 1000  # entries looked at in one call
 _REST: Final = 5.0  # after a look, this many times as long as it took nobody looks
 
 
+class Reads(Protocol):
+    """What a survey needs of a store."""
+
+    async def _entries(self, keys: Sequence[str]) -> list[Entry | None]: ...
+    async def _scan(
+        self, start: str | None, end: str | None, *, limit: int, keys_only: bool = False
+    ) -> list[Entry]: ...
+
+
 class Survey(Source):
     """What changed below one prefix, or of some keys, found by comparing with the versions known before."""
 
-    def __init__(self, hub: Hub, scope: Scope, interval: float) -> None:
-        super().__init__(hub)
-        self.boxes: set[Box] = set()
-        self._scope, self._interval = scope, interval
+    def __init__(self, spawn: Spawn, store: Reads, scope: Scope, interval: float, waker: Callable[[], Waker]) -> None:
+        """``waker`` gives what tells when to look."""
+        super().__init__(spawn)
+        self.boxes: set[Listener] = set()
+        self._store, self._scope, self._interval, self._waker = store, scope, interval, waker
         self._known: dict[str, bytes] = {}
         self._touched: set[str] = set()  # by this store's commits, since the look under way began
 
-    def join(self, box: Box) -> None:
+    def join(self, box: Listener) -> None:
         self.boxes.add(box)
         self.start()
 
@@ -51,12 +60,12 @@ class Survey(Source):
         self._tell(news)
 
     async def _run(self) -> None:
-        waker = self.hub.waker(self._scope, self._interval, safety=None, own=False)
+        waker = self._waker()
         waker.wake()  # for the first look
         try:
             while True:
                 await waker.wait()
-                began = self.hub.loop.time()
+                began = self._loop.time()
                 try:
                     news = await self._news()
                 except KvError as error:
@@ -71,7 +80,7 @@ class Survey(Source):
                     self._begin()
                     for box in self.boxes:
                         box.missed()
-                await asyncio.sleep(_REST * (self.hub.loop.time() - began))
+                await asyncio.sleep(_REST * (self._loop.time() - began))
         except Exception as error:  # noqa: BLE001  # whatever it is belongs to those who watch
             self._fail(error)
             for box in list(self.boxes):
@@ -95,7 +104,7 @@ class Survey(Source):
         return news
 
     async def _look(self) -> dict[str, bytes]:
-        store, scope = self.hub.store, self._scope
+        store, scope = self._store, self._scope
         found: dict[str, bytes] = {}
         if scope.keys is not None:
             entries = await store._entries(scope.keys)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import Any
 
+from kvpersist.changes.source import Source
 from kvpersist.errors import StoreClosed
-
-if TYPE_CHECKING:
-    from kvpersist.changes.feed import Feed
-    from kvpersist.changes.hub import Hub
 
 __all__ = ["Waker"]
 
@@ -23,9 +20,9 @@ class Waker:
     the wait before had returned. It may return for nothing. For one reader at a time.
     """
 
-    def __init__(self, hub: Hub, interval: float, safety: float | None) -> None:
-        self.feeds: list[Feed] = []
-        self._hub, self._interval, self._safety = hub, interval, safety
+    def __init__(self, leave: Callable[[Any], None], interval: float, safety: float | None) -> None:
+        self.feeds: Sequence[Source] = ()
+        self._leave, self._interval, self._safety = leave, interval, safety
         self._woken = asyncio.Event()
         self._closed = False
 
@@ -44,7 +41,7 @@ class Waker:
                 async with asyncio.timeout(timeout):
                     await self._woken.wait()
         self._woken.clear()  # before the caller reads: what is committed from here on is for the next wait
-        if self._closed or self._hub.closed:
+        if self._closed:
             raise StoreClosed("the store was closed: open it again")
 
     def wake(self) -> None:
@@ -55,7 +52,7 @@ class Waker:
         """Stop being told; a second call does nothing."""
         self._closed = True
         self.wake()
-        self._hub.leave(self)
+        self._leave(self)
 
     def told(self, changed: Sequence[str]) -> None:
         self._woken.set()

@@ -1,95 +1,23 @@
-"""An iteration over changes, and what it has not taken yet."""
+"""An iteration over changes."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import weakref
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, Self
+from typing import Final, Self
 
 from kvpersist.batching import own_instance
+from kvpersist.changes.box import Box
+from kvpersist.changes.hub import Hub
 from kvpersist.changes.scope import Change, Scope
-from kvpersist.errors import BadRequest, DeadlineExceeded, KvError, StoreClosed
+from kvpersist.errors import BadRequest, DeadlineExceeded, StoreClosed
 
-if TYPE_CHECKING:
-    from kvpersist.changes.hub import Hub
-
-__all__ = ["Box", "Watch"]
+__all__ = ["Watch"]
 
 _INTERVAL: Final = 1.0  # seconds between looks where nothing tells of changes
-
-
-class Box:
-    """What one watcher has not taken yet."""
-
-    def __init__(self, hub: Hub, scope: Scope, interval: float, limit: int, merges: bool) -> None:
-        self.hub, self.scope, self.interval = hub, scope, interval
-        self.woken = asyncio.Event()
-        self.ended = False
-        self.error: Exception | None = None
-        self.begun = False
-        self._limit = limit
-        self._merges = merges
-        self._waiting: deque[Sequence[str]] = deque()
-        self._merged: dict[str, None] = {}
-        self._size = 0  # keys of what is waiting
-        self._missed = False
-
-    def told(self, changed: Sequence[str]) -> None:
-        mine = [key for key in changed if not self.hub.hidden(key, self.scope)]
-        if not mine:
-            return
-        if self._merges:
-            self._merged.update(dict.fromkeys(mine))
-            self._size = len(self._merged)
-        else:
-            self._waiting.append(mine)
-            self._size += len(mine)
-        if self._size > self._limit:
-            self._drop()
-        self.woken.set()
-
-    def missed(self) -> None:
-        if self.begun:  # before that it means that the source has begun
-            self._drop()
-            self.woken.set()
-
-    def failed(self, error: Exception) -> None:
-        if isinstance(error, KvError) and error.retryable:
-            self.missed()
-        elif self.begun:
-            self.end(error)
-
-    def end(self, error: Exception | None) -> None:
-        if not self.ended:
-            self.ended, self.error = True, error
-        self.woken.set()
-
-    def take(self) -> Change | None:
-        """The next change, if there is one."""
-        if self._missed:
-            self._missed = False
-            return Change((), missed=True)
-        if self._merged:
-            changed = tuple(self._merged)
-            self._merged, self._size = {}, 0
-            return Change(changed)
-        if self._waiting:
-            mine = self._waiting.popleft()
-            self._size -= len(mine)
-            return Change(tuple(mine))
-        return None
-
-    def waits(self) -> bool:
-        return not (self._missed or self._merged or self._waiting)
-
-    def _drop(self) -> None:
-        self._waiting.clear()
-        self._merged, self._size = {}, 0
-        self._missed = True
 
 
 class Watch:
@@ -106,6 +34,7 @@ class Watch:
         self._hub = hub
         self._scope, self._collapse, self._interval, self._buffer = scope, collapse, interval, buffer
         self._box: Box | None = None
+        self._joined: Hub | None = None
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -145,7 +74,8 @@ class Watch:
         self._closed = True
         if self._box is not None:
             self._box.end(None)
-            self._box.hub.leave(self._box)
+        if self._joined is not None:
+            self._joined.leave(self._box)
 
     async def _begin(self) -> Box:
         box = self._box
@@ -153,10 +83,10 @@ class Watch:
             return box
         if self._closed:
             raise StoreClosed("this watch was closed: begin another")
-        hub = self._hub()
+        hub = self._joined = self._hub()
         if box is None:
             interval = _INTERVAL if self._interval is None else self._interval
-            box = self._box = Box(hub, self._scope, interval, self._buffer, bool(self._collapse))
+            box = self._box = Box(self._scope, interval, self._buffer, bool(self._collapse), hub.hidden)
             weakref.finalize(self, _left, hub, box).atexit = False
         sources = hub.open(box)
         timeout = hub.store.timeout

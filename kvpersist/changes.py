@@ -19,9 +19,9 @@ from typing import Any, Final, Protocol, Self, cast
 import msgspec
 
 from kvpersist import keys
-from kvpersist.batching import own_instance
 from kvpersist.driver import Capabilities, Check, Driver, Entry, Op, Put, Watches
 from kvpersist.errors import BadRequest, DeadlineExceeded, KvError, StoreClosed, Unsupported
+from kvpersist.lane import own_instance
 
 __all__ = ["Change", "Hub", "Scope", "Waker", "Watch"]
 

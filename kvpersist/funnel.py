@@ -14,9 +14,9 @@ from typing import Any, Final, Generic, TypeVar, cast
 
 import msgspec
 
-from kvpersist.batching import own_instance
 from kvpersist.driver import Op
 from kvpersist.errors import Conflict, DeadlineExceeded, KvError, StoreClosed
+from kvpersist.lane import own_instance
 from kvpersist.store import Store
 
 __all__ = ["Built", "Funnel"]

@@ -66,6 +66,7 @@ class MysqlDriver:
             reverse=True,
             deref=True,
             coalesce="both",
+            overlap="writes",
             ttl="swept",
             shared=True,
             max_key_bytes=MAX_KEY_BYTES,

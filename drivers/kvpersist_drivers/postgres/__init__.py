@@ -139,6 +139,8 @@ class PostgresDriver:
             reverse=True,
             deref=True,
             coalesce="both",
+            overlap="both",
+            overlap="both",
             shared=True,
             max_key_bytes=MAX_KEY_BYTES,
             max_value_bytes=MAX_VALUE_BYTES,

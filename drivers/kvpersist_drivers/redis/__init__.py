@@ -85,6 +85,7 @@ class RedisDriver:
             reverse=True,
             deref=True,
             coalesce="both",
+            overlap="writes",
             ttl="native",
             shared=True,
             max_value_bytes=MAX_VALUE_BYTES,

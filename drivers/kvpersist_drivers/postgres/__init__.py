@@ -140,7 +140,6 @@ class PostgresDriver:
             deref=True,
             coalesce="both",
             overlap="both",
-            overlap="both",
             shared=True,
             max_key_bytes=MAX_KEY_BYTES,
             max_value_bytes=MAX_VALUE_BYTES,

@@ -15,7 +15,9 @@ import msgspec
 import pytest
 
 import kvpersist
-from kvpersist import Change, Index, Repository, Store, changes
+from kvpersist import Change, Index, Repository, Store
+from kvpersist.changes import Scope, feed, hub, survey
+from kvpersist.changes.routing import Router
 from kvpersist.driver import Driver
 from kvpersist.errors import BadRequest, DeadlineExceeded, StoreClosed, Unavailable, Unsupported
 from kvpersist_drivers.memory import MemoryDriver
@@ -158,7 +160,7 @@ async def test_a_waker_never_sleeps_through_a_commit(opens: Opens) -> None:
             while await store.get("n:last") != rounds:
                 began = time.monotonic()
                 await waker.wait()
-                assert time.monotonic() - began < changes._SAFETY / 2, "it was woken by the safety's clock"
+                assert time.monotonic() - began < hub._SAFETY / 2, "it was woken by the safety's clock"
         await writing
         waker.close()
 
@@ -345,7 +347,7 @@ async def test_a_waker_whose_source_fails_goes_by_the_clock_until_it_is_back() -
         began = time.monotonic()
         for _ in range(4):
             await waker.wait()
-        assert time.monotonic() - began < changes._SAFETY / 2
+        assert time.monotonic() - began < hub._SAFETY / 2
         driver.says.put_nowait(())
         another = store._waker("n:a")
         async with asyncio.timeout(10):
@@ -394,7 +396,7 @@ async def test_a_source_that_ends_for_good_ends_the_watch() -> None:
 
 
 async def test_more_keys_than_are_remembered_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(changes, "_MOST", 1500)
+    monkeypatch.setattr(survey, "_MOST", 1500)
     driver = _Silent()
     async with kvpersist.open_store(driver) as store:
         await store.put_many({f"n:{number}": 1 for number in range(1500)})
@@ -463,17 +465,17 @@ async def test_many_wakers_share_what_news_without_names_costs() -> None:
             woken += wakers[0]._woken.is_set()
             wakers[0]._woken.clear()
 
-        assert 1 <= woken <= 0.5 / (changes._SHARE * 50) + 2
+        assert 1 <= woken <= 0.5 / (feed._SHARE * 50) + 2
     await driver.close()
 
 
 def test_a_key_is_routed_to_its_prefixes_once_each() -> None:
-    router = changes._Router()
-    scopes = {text: changes.Scope(text) for text in ("", "a", "ab", "abc", "b")}
+    router = Router()
+    scopes = {text: Scope(text) for text in ("", "a", "ab", "abc", "b")}
     for text, scope in scopes.items():
         router.add(text, scope)
-    router.add("exact", changes.Scope(keys=("ab", "x")))
-    router.add("exact", changes.Scope(keys=("ab", "x")))
+    router.add("exact", Scope(keys=("ab", "x")))
+    router.add("exact", Scope(keys=("ab", "x")))
 
     assert router.route(["ab", "x"]) == {"": ["ab", "x"], "a": ["ab"], "ab": ["ab"], "exact": ["ab", "x"]}
     for listener in [*scopes, "exact", "unknown"]:

@@ -5,43 +5,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import run_program
 
-_HERE = Path(__file__).parent
 _STRIDE = os.environ.get("KVPERSIST_FAULT_STRIDE", "4")
 
 
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None or not sys.platform.startswith("linux"):
-        pytest.skip("no C compiler for the fault shim")
-    library = tmp_path_factory.mktemp("shim") / "preload.so"
-    source = _HERE / "preload.c"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
-    return library
-
-
 def _matrix(shim: Path, folder: Path, *arguments: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, _HERE / "sqlite_matrix.py", folder / "store", *arguments],
-        env={**os.environ, "LD_PRELOAD": str(shim)},
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(done.stdout)
-    print(result)
-    return result
+    return run_program("sqlite_matrix.py", folder / "store", *arguments, LD_PRELOAD=str(shim))
 
 
 @pytest.mark.parametrize("scenario", ["fresh", "again"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for places.py
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # for conversations.py
 
 from places import PLACES, Place, Where
 

@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
+from conversations import everything
 
 import kvpersist
 from kvpersist.agents.persistence import Persistence
@@ -425,26 +425,6 @@ async def test_what_the_store_cannot_keep_is_malformed_and_leaves_nothing() -> N
 
 def long_talk(count: int) -> list[dict[str, Any]]:
     return [{"role": "user", "content": f"{n}"} for n in range(count)]
-
-
-TIMES = {"created_at", "updated_at", "completed_at"}
-
-
-def timeless(record: Any) -> dict[str, Any]:
-    return {name: value for name, value in msgspec.structs.asdict(record).items() if name not in TIMES}
-
-
-async def everything(db: Persistence) -> Any:
-    sessions = {session.id: timeless(session) async for session in db.sessions.iterate()}
-    below = {
-        id_: (
-            [timeless(message) async for message in db.messages.iterate(id_)],
-            [timeless(call) for call in await db.tool_calls.of(id_)],
-            timeless(await db.sessions.stat(id_)),
-        )
-        for id_ in sessions
-    }
-    return sessions, below
 
 
 async def damage(db: Persistence) -> list[Any]:

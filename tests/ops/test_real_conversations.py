@@ -12,22 +12,18 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
+from conversations import SOURCE, everything
 
 import kvpersist
 from kvpersist.agents.persistence import Persistence
-from kvpersist.agents.records import Message, Session, ToolCall
 from kvpersist.ops.chat_export import export_session
 from kvpersist.ops.chat_import import import_chats
-
-SOURCE = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "tau-airline-gpt4o.json"
 
 pytestmark = pytest.mark.skipif(not SOURCE.exists(), reason="the conversations do not lie in ../shared/data")
 
 BY_ROLE = {"assistant": 2454, "user": 1490, "tool": 1164, "system": 200}
 REWARD = kvpersist.Index("metadata.reward", type=float)
-TIMES = {"created_at", "updated_at", "completed_at"}  # of the import, so never the same twice
 IMPORT = """
 import asyncio, os, signal, sys
 import kvpersist
@@ -64,22 +60,6 @@ async def db() -> AsyncIterator[Persistence]:
     async with kvpersist.open("memory://", session_indexes=[REWARD]) as opened:
         await import_chats(opened, SOURCE, user="ada")
         yield opened
-
-
-def timeless(record: Session | Message | ToolCall) -> dict[str, Any]:
-    return {name: value for name, value in msgspec.structs.asdict(record).items() if name not in TIMES}
-
-
-async def everything(db: Persistence) -> dict[str, Any]:
-    """The whole store by session id, without the times."""
-    return {
-        session.id: (
-            timeless(session),
-            [timeless(message) async for message in db.messages.iterate(session.id)],
-            [timeless(call) for call in await db.tool_calls.of(session.id)],
-        )
-        async for session in db.sessions.iterate()
-    }
 
 
 async def test_every_session_message_and_call_is_counted(db: Persistence, calls_in_source: Counter[str]) -> None:
@@ -169,13 +149,13 @@ async def test_new_makes_200_copies(db: Persistence) -> None:
 
 
 async def test_exports_imported_for_another_user_are_equal_but_for_ids_and_owner(db: Persistence) -> None:
-    def stripped(value: tuple[Any, Any, Any]) -> str:
+    def stripped(value: tuple[Any, Any, Any, Any]) -> str:
         own = ("id", "session_id", "user_id")
-        session, messages, calls = value
+        session, messages, calls, stat = value
         return repr(
             [
                 {name: part for name, part in record.items() if name not in own}
-                for record in (session, *messages, *calls)
+                for record in (session, *messages, *calls, stat)
             ]
         )
 
@@ -189,7 +169,7 @@ async def test_exports_imported_for_another_user_are_equal_but_for_ids_and_owner
 
     assert sorted(map(stripped, after.values())) == sorted(map(stripped, before.values()))
     assert before.keys().isdisjoint(after.keys())
-    assert {session["user_id"] for session, _, _ in after.values()} == {"bob"}
+    assert {session["user_id"] for session, *_ in after.values()} == {"bob"}
 
 
 async def test_an_import_killed_several_times_ends_in_the_store_of_one_that_was_not(

@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final, Self
 
 from kvpersist.events.records import NewEvent
-from kvpersist.ops.importers.plan import Bad, ConsumerPosition, Events, Item, Problem, Source, json_value
+from kvpersist.ops.importers.plan import Bad, ConsumerPosition, Events, Item, Problem, json_value
 from kvpersist.ops.importers.sql import Database, Row, Table, held_database
+from kvpersist.ops.importers.tables import TablesSource
 
 __all__ = ["AgentxQueue"]
 
@@ -16,12 +17,12 @@ _CURSOR: Final = re.compile(r"([0-9a-z]+)-([0-9]+)")
 _PAGE: Final = 200  # events handed on at once
 
 
-class AgentxQueue(Source):
+class AgentxQueue(TablesSource):
     """``queue.db``: events in the order of their cursors, then the consumers."""
 
     def __init__(self, database: Database, entries: Table, consumers: Table | None) -> None:
-        super().__init__("agentx", database.shown)
-        self._database, self._entries, self._consumers = database, entries, consumers
+        super().__init__("agentx", database)
+        self._entries, self._consumers = entries, consumers
 
     @classmethod
     async def open(cls, where: str) -> Self:
@@ -70,12 +71,6 @@ class AgentxQueue(Source):
 
     async def total(self) -> int | None:
         return None
-
-    async def changed(self) -> str | None:
-        return await self._database.changed()
-
-    async def close(self) -> None:
-        await self._database.close()
 
     async def _positions(self, cursors: Mapping[str, list[str]]) -> AsyncIterator[Item]:
         if self._consumers is None:

@@ -12,6 +12,7 @@ from kvpersist.ops.importers.kode_files import agent_folders, folders_beside, it
 from kvpersist.ops.importers.kode_records import agent_of, conversation_of, snapshot_of
 from kvpersist.ops.importers.plan import Bad, Item, Problem, Source, json_value, required_text
 from kvpersist.ops.importers.sql import Database, Row, Table, found_at, held_database, path_of
+from kvpersist.ops.importers.tables import TablesSource
 
 __all__ = ["open_kode"]
 
@@ -98,10 +99,10 @@ class _Folder(Source):
                 yield item
 
 
-class _Tables(Source):
+class _Tables(TablesSource):
     def __init__(self, database: Database, tables: Mapping[str, Table], files: Path | None) -> None:
-        super().__init__(_SYSTEM, database.shown)
-        self._database, self._tables, self._files = database, tables, files
+        super().__init__(_SYSTEM, database)
+        self._tables, self._files = tables, files
 
     @classmethod
     async def over(cls, database: Database, files: Path | None) -> _Tables:
@@ -134,12 +135,6 @@ class _Tables(Source):
 
     async def total(self) -> int | None:
         return None
-
-    async def changed(self) -> str | None:
-        return await self._database.changed()
-
-    async def close(self) -> None:
-        await self._database.close()
 
     async def _agent(self, agent: str, row: Row) -> AsyncIterator[Item]:
         place = f"agents {agent}"

@@ -33,6 +33,7 @@ from kvpersist.ops.importers.plan import (
     text_or_none,
 )
 from kvpersist.ops.importers.sql import Database, Table, held_database
+from kvpersist.ops.importers.tables import TablesSource
 
 __all__ = ["open_langgraph"]
 
@@ -82,10 +83,10 @@ class _Object(Struct, frozen=True):
     arguments: Any
 
 
-class _Langgraph(Source):
+class _Langgraph(TablesSource):
     def __init__(self, database: Database, table: Table, channel: str) -> None:
-        super().__init__(_SYSTEM, database.shown)
-        self._database, self._table, self._channel = database, table, channel
+        super().__init__(_SYSTEM, database)
+        self._table, self._channel = table, channel
 
     async def items(self) -> AsyncIterator[Item]:
         statement = "SELECT thread_id, sum(checkpoint_ns <> '') FROM checkpoints GROUP BY thread_id ORDER BY thread_id"
@@ -107,12 +108,6 @@ class _Langgraph(Source):
     async def total(self) -> int | None:
         [[count]] = await self._database.fetch("SELECT count(DISTINCT thread_id) FROM checkpoints")
         return int(count)
-
-    async def changed(self) -> str | None:
-        return await self._database.changed()
-
-    async def close(self) -> None:
-        await self._database.close()
 
     async def _conversation(self, place: str, thread: str) -> Conversation | None:
         last = await self._checkpoint(thread, "DESC")

@@ -24,6 +24,7 @@ from kvpersist.ops.importers.plan import (
     text_or_none,
 )
 from kvpersist.ops.importers.sql import Database, Row, Table, held_database
+from kvpersist.ops.importers.tables import TablesSource
 
 __all__ = ["open_openai_agents"]
 
@@ -39,10 +40,10 @@ async def open_openai_agents(where: str) -> Source:
         return _Sessions(database, sessions, messages)
 
 
-class _Sessions(Source):
+class _Sessions(TablesSource):
     def __init__(self, database: Database, sessions: Table, messages: Table) -> None:
-        super().__init__(_SYSTEM, database.shown)
-        self._database, self._sessions, self._messages = database, sessions, messages
+        super().__init__(_SYSTEM, database)
+        self._sessions, self._messages = sessions, messages
 
     async def items(self) -> AsyncIterator[Item]:
         seen: set[str] = set()
@@ -64,12 +65,6 @@ class _Sessions(Source):
 
     async def total(self) -> int | None:
         return await self._database.count(self._sessions)
-
-    async def changed(self) -> str | None:
-        return await self._database.changed()
-
-    async def close(self) -> None:
-        await self._database.close()
 
     async def _conversation(self, place: str, row: Row) -> Conversation:
         id_, foreign = id_for(required_text(row, "sessionid"), "session")

@@ -28,6 +28,7 @@ from kvpersist.ops.importers.plan import (
     text_or_none,
 )
 from kvpersist.ops.importers.sql import Database, Row, Table, held_database
+from kvpersist.ops.importers.tables import TablesSource
 
 __all__ = ["open_prisma"]
 
@@ -45,12 +46,12 @@ async def open_prisma(where: str) -> Source:
         return _Prisma(database, sessions, messages, calls, confirmations)
 
 
-class _Prisma(Source):
+class _Prisma(TablesSource):
     def __init__(
         self, database: Database, sessions: Table, messages: Table, calls: Table | None, confirmations: Table | None
     ) -> None:
-        super().__init__(_SYSTEM, database.shown)
-        self._database, self._sessions, self._messages = database, sessions, messages
+        super().__init__(_SYSTEM, database)
+        self._sessions, self._messages = sessions, messages
         self._calls, self._confirmations = calls, confirmations
 
     async def items(self) -> AsyncIterator[Item]:
@@ -65,23 +66,12 @@ class _Prisma(Source):
         for session_id, count in await self._database.strays(self._messages, "sessionId", seen):
             reason = f"{count} messages of a session that is not there"
             yield Problem(place=f"agent_messages of {session_id}", reason=reason)
-        if self._confirmations is not None:
-            async for row in self._database.iterate(self._confirmations, "id"):
-                place = f"agent_pending_confirmations {row.get('id')}"
-                try:
-                    yield _confirmation(place, row)
-                except Bad as error:
-                    yield Problem(place=place, reason=str(error))
+        async for item in self._records(self._confirmations, _confirmation):
+            yield item
 
     async def total(self) -> int | None:
         other = 0 if self._confirmations is None else await self._database.count(self._confirmations)
         return await self._database.count(self._sessions) + other
-
-    async def changed(self) -> str | None:
-        return await self._database.changed()
-
-    async def close(self) -> None:
-        await self._database.close()
 
     async def _conversation(self, place: str, row: Row) -> Conversation:
         id_, foreign = id_for(required_text(row, "id"), "session")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from kvpersist.agents.conversations.traces import TokenUsage, Trace
@@ -25,6 +25,7 @@ from kvpersist.ops.importers.plan import (
     text_or_none,
 )
 from kvpersist.ops.importers.sql import Database, JsonText, Row, Table, held_database
+from kvpersist.ops.importers.tables import TablesSource
 
 __all__ = ["open_seashore"]
 
@@ -40,12 +41,12 @@ async def open_seashore(where: str) -> Source:
         return _Seashore(database, threads, messages, await database.table("traces"), await database.table("sessions"))
 
 
-class _Seashore(Source):
+class _Seashore(TablesSource):
     def __init__(
         self, database: Database, threads: Table, messages: Table, traces: Table | None, logins: Table | None
     ) -> None:
-        super().__init__(_SYSTEM, database.shown)
-        self._database, self._threads, self._messages = database, threads, messages
+        super().__init__(_SYSTEM, database)
+        self._threads, self._messages = threads, messages
         self._traces, self._logins = traces, logins
 
     async def items(self) -> AsyncIterator[Item]:
@@ -67,22 +68,6 @@ class _Seashore(Source):
     async def total(self) -> int | None:
         tables = [table for table in (self._threads, self._traces, self._logins) if table is not None]
         return sum([await self._database.count(table) for table in tables])
-
-    async def changed(self) -> str | None:
-        return await self._database.changed()
-
-    async def close(self) -> None:
-        await self._database.close()
-
-    async def _records(self, table: Table | None, make: Callable[[str, Row], Record]) -> AsyncIterator[Item]:
-        if table is None:
-            return
-        async for row in self._database.iterate(table, "id"):
-            place = f"{table.name} {row.get('id')}"
-            try:
-                yield make(place, row)
-            except Bad as error:
-                yield Problem(place=place, reason=str(error))
 
     async def _conversation(self, place: str, row: Row) -> Conversation:
         id_, foreign = id_for(required_text(row, "id"), "session")

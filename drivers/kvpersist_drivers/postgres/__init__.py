@@ -358,21 +358,21 @@ class PostgresDriver:
                     answers[place] = refused
             return
         for number, key, found in failed:
-            place = plan.places[int(number)]
-            position = plan.position(number, key)
-            before = answers[place]
-            if not isinstance(before, Conflict) or position < before.position:
-                op = batches[place].ops[position]
-                answers[place] = Conflict(op.key, op.expect, ABSENT if found is None else found, position)
+            for place in plan.places_of(number):
+                ops, before = batches[place].ops, answers[place]
+                position = next(at for at, op in enumerate(ops) if escaped(op.key) == key)
+                if not isinstance(before, Conflict) or position < before.position:
+                    op = ops[position]
+                    answers[place] = Conflict(op.key, op.expect, ABSENT if found is None else found, position)
 
     async def _send(self, plan: Plan) -> list[Row]:
         """Send a plan; again where the server rolled it back in favour of another transaction."""
         attempt = 0
         while True:
             try:
-                if plan.is_plain:
-                    args = plan.put_arguments(self._table, self._channel)
-                    return await self._connections.call(self._sql.put, *args, writes=True)
+                args = plan.put_arguments(self._table, self._channel)
+                if args is not None and not await self._connections.call(self._sql.put, *args, writes=True):
+                    return []
                 waves = plan.apply_arguments(self._table, self._channel)
                 return await self._connections.call_many(self._sql.apply, waves, writes=True)
             except asyncpg.PostgresError as error:

@@ -7,7 +7,8 @@ cut. The key is in the line where the name is hashed.
 from __future__ import annotations
 
 import re
-from typing import Final
+from binascii import unhexlify
+from typing import Final, TypeAlias
 from zlib import crc32
 
 from kvpersist.errors import CorruptRecord
@@ -18,10 +19,8 @@ HEADER_BYTES: Final = 1200  # no header is longer
 _LINE: Final = re.compile(rb"kv1 ([0-9a-f]*) (-|-?[0-9.einf+-]{1,32}) ([0-9a-f]{8})(?: ([0-9a-f]+))?\n")
 
 
-class Header(tuple[bytes, "float | None", int]):
-    """Version, expiry, and where the value begins."""
-
-    __slots__ = ()
+Header: TypeAlias = tuple[bytes, "float | None", int]
+"""Version, expiry, and where the value begins."""
 
 
 def pack(key: str, version: bytes, expires_at: float | None, hashed: bool) -> bytes:
@@ -41,10 +40,12 @@ def unpack(key: str, data: bytes) -> Header:
     if line is None:
         what = "it is empty" if not data else "its first line is cut off" if data[:4] == b"kv1 " else "foreign content"
         raise CorruptRecord(key, what)
-    version, expires = line[1].decode(), line[2].decode()
-    if _crc(key, version, expires) != int(line[3], 16) or (line[4] and line[4].decode() != key.encode().hex()):
+    version, expires, crc, hashed = line.groups()
+    text = key.encode()
+    found = crc32(data[4 : line.end(2)], crc32(text + b"\n"))  # as `_crc`, of what stands there
+    if found != int(crc, 16) or (hashed and hashed != text.hex().encode()):
         raise CorruptRecord(key, "the checksum of its first line does not match")
-    return Header((bytes.fromhex(version), None if expires == "-" else float(expires), line.end()))
+    return unhexlify(version), None if expires == b"-" else float(expires), line.end()
 
 
 def hashed_key(where: str, data: bytes) -> str:

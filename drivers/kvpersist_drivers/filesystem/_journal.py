@@ -24,6 +24,7 @@ __all__ = ["Head", "Journal", "Step"]
 _HEAD: Final = re.compile(rb"kvj1 ([wci]) ([0-9a-f]{16}) ([0-9a-f]{12}) ([0-9a-f]{8})\n")
 _HEAD_BYTES: Final = 46
 _KEPT_BYTES: Final = 1 << 16  # a longer journal is cut when it is done
+_HAS_PREAD: Final = hasattr(os, "pread")
 _O_BINARY: Final = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
@@ -177,7 +178,7 @@ def _step(line: str) -> Step:
 
 
 def _pread(descriptor: int, size: int, at: int) -> bytes:
-    if hasattr(os, "pread"):
+    if _HAS_PREAD:
         return os.pread(descriptor, size, at)
     os.lseek(descriptor, at, os.SEEK_SET)
     return os.read(descriptor, size)

@@ -22,7 +22,7 @@ __all__ = [
     "remove_folder",
     "rename",
 ]
-__all__ += ["same_exists", "sync_folder", "write_all"]
+__all__ += ["same_exists", "sync_folder", "write_all", "write_file"]
 
 Folder: TypeAlias = int | str
 
@@ -31,6 +31,7 @@ _FILE: Final = (
     getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOCTTY", 0)
 )
 _READ: Final = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _FILE
+_WRITE: Final = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NONBLOCK", 0) | _FILE
 _MORE: Final = 1 << 20  # bytes, of a file that is longer than was thought
 _FIRST: Final = 8 << 10  # bytes: most files are read at once, and no large buffer is made for them
 _FOLDER: Final = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | _FILE
@@ -78,6 +79,20 @@ def read_file(folder: Folder, name: str, most: int | None) -> bytes:
             if most is not None:
                 left -= len(data)
         return b"".join(parts)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(folder: Folder, name: str, *parts: bytes, sync: bool) -> None:
+    """Write a file anew, and wait until it is on the disk if that is wanted."""
+    if isinstance(folder, int):
+        descriptor = os.open(name, _WRITE, 0o600, dir_fd=folder)
+    else:
+        descriptor = os.open(os.path.join(folder, name), _WRITE, 0o600)
+    try:
+        write_all(descriptor, *parts)
+        if sync:
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

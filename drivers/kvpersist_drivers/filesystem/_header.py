@@ -25,9 +25,9 @@ Header: TypeAlias = tuple[bytes, "float | None", int]
 
 def pack(key: str, version: bytes, expires_at: float | None, hashed: bool) -> bytes:
     """Return the header, with its newline."""
-    expires = "-" if expires_at is None else repr(float(expires_at))
-    rest = f" {key.encode().hex()}" if hashed else ""
-    return f"kv1 {version.hex()} {expires} {_crc(key, version.hex(), expires):08x}{rest}\n".encode()
+    told = f"{version.hex()} {'-' if expires_at is None else repr(float(expires_at))}".encode()
+    text = key.encode()
+    return b"kv1 %b %08x%b\n" % (told, _crc(text, told), b" " + text.hex().encode() if hashed else b"")
 
 
 def unpack(key: str, data: bytes) -> Header:
@@ -42,8 +42,7 @@ def unpack(key: str, data: bytes) -> Header:
         raise CorruptRecord(key, what)
     version, expires, crc, hashed = line.groups()
     text = key.encode()
-    found = crc32(data[4 : line.end(2)], crc32(text + b"\n"))  # as `_crc`, of what stands there
-    if found != int(crc, 16) or (hashed and hashed != text.hex().encode()):
+    if _crc(text, data[4 : line.end(2)]) != int(crc, 16) or (hashed and hashed != text.hex().encode()):
         raise CorruptRecord(key, "the checksum of its first line does not match")
     return unhexlify(version), None if expires == b"-" else float(expires), line.end()
 
@@ -65,5 +64,5 @@ def hashed_key(where: str, data: bytes) -> str:
     raise CorruptRecord(where, "its first line does not tell its key")
 
 
-def _crc(key: str, version: str, expires: str) -> int:
-    return crc32(f"{key}\n{version} {expires}".encode())
+def _crc(key: bytes, told: bytes) -> int:
+    return crc32(told, crc32(key + b"\n"))

@@ -828,7 +828,7 @@ async def test_nothing_is_left_of_streams_that_failed(tmp_path: Path) -> None:
         assert isinstance(outcome, Conflict)
         too_long = await driver.write_stream("c" * 600, _parts(b"x"), version=b"version1")
         assert isinstance(too_long, KeyTooLong)
-        driver._streams.executor.submit(int).result()  # what was to be removed is
+        driver._streams.submit(int).result()  # what was to be removed is
 
         assert _staged(tmp_path / "kv") == []
         assert await _value(driver, "c:a") == b"v"
@@ -888,7 +888,7 @@ async def test_an_open_stream_gives_its_file_back(tmp_path: Path) -> None:
                     break
             await pieces.aclose()
             del found, pieces
-        driver._streams.executor.submit(int).result()
+        driver._streams.submit(int).result()
 
         assert not before or len(os.listdir("/proc/self/fd")) <= before + 1  # the folder c~d
 

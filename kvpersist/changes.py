@@ -62,10 +62,15 @@ class _Store(Protocol):
 
 
 class Scope(msgspec.Struct, frozen=True):
-    """What is watched: everything below a prefix, or some keys."""
+    """What is watched: everything below a prefix, or some keys; of a waker also both."""
 
     prefix: str = ""
     keys: tuple[str, ...] | None = None
+
+    @property
+    def below(self) -> tuple[str, ...]:
+        """The prefix, where one is meant."""
+        return (self.prefix,) if self.prefix or self.keys is None else ()
 
     @classmethod
     def of(cls, wanted: str | Sequence[str]) -> Self:
@@ -78,8 +83,7 @@ class Scope(msgspec.Struct, frozen=True):
 
     def namespaces(self) -> set[str]:
         """The prefixes to be asked of a driver: whole namespaces, so that watchers can share."""
-        texts = (self.prefix,) if self.keys is None else self.keys
-        return {text[: text.find(":") + 1] for text in texts}
+        return {text[: text.find(":") + 1] for text in (*self.below, *(self.keys or ()))}
 
 
 class _Listener(Protocol):
@@ -103,22 +107,20 @@ class _Router:
         if listener in self.listeners:
             return
         self.listeners[listener] = scope
-        if scope.keys is None:
-            self._below.setdefault(scope.prefix, []).append(listener)
-            self._lengths = sorted({len(prefix) for prefix in self._below})
-        else:
-            for key in scope.keys:
-                self._exact.setdefault(key, []).append(listener)
+        for table, texts in ((self._below, scope.below), (self._exact, scope.keys or ())):
+            for text in texts:
+                table.setdefault(text, []).append(listener)
+        self._lengths = sorted({len(prefix) for prefix in self._below})
 
     def remove(self, listener: Any) -> None:
         scope = self.listeners.pop(listener, None)
         if scope is None:
             return
-        table = self._below if scope.keys is None else self._exact
-        for text in (scope.prefix,) if scope.keys is None else scope.keys:
-            table[text].remove(listener)
-            if not table[text]:
-                del table[text]
+        for table, texts in ((self._below, scope.below), (self._exact, scope.keys or ())):
+            for text in texts:
+                table[text].remove(listener)
+                if not table[text]:
+                    del table[text]
         self._lengths = sorted({len(prefix) for prefix in self._below})
 
     def route(self, changed: Iterable[str]) -> dict[Any, list[str]]:

@@ -20,7 +20,7 @@ import msgspec
 
 from kvpersist import keys
 from kvpersist.codec import JSON, MSGPACK, RecordCodec, frame
-from kvpersist.driver import ABSENT, Delete, Entry, Expect, Op, Put
+from kvpersist.driver import ABSENT, Check, Delete, Entry, Expect, Op, Put
 from kvpersist.errors import BadRequest, CommitUnknown, Conflict, KvError, Unsupported
 from kvpersist.funnel import Built, Funnel
 from kvpersist.store import Store
@@ -338,13 +338,25 @@ class Log(Generic[R]):
                 count += len(left)
         stands = len(ops)
         if ops or count != state.alive or first != state.first:
-            stat = frame(stat_key, self._pack(_Stat(last, count, first, tail)), self._format, 1)
-            ops.append(Put(stat_key, stat, expect))
+            changed = LogState(last, count, expect, prefix, stat_key, first, tail)
+            if self._is_found_again(state, changed):
+                ops.append(Check(stat_key, expect))
+                return Built(ops, lambda _: changed, results, stands, amends)
+            ops.append(self._stat_put(changed))
 
         def after(version: bytes) -> LogState:
             return LogState(last, count, version, prefix, stat_key, first, tail)
 
         return Built(ops, after, results, stands, amends)
+
+    def _stat_put(self, state: LogState) -> Put:
+        """Write what is known of a parent, unless somebody else has."""
+        stat = _Stat(state.last, state.alive, state.first, state.tail)
+        return Put(state.stat_key, frame(state.stat_key, self._pack(stat), self._format, 1), state.expect)
+
+    def _is_found_again(self, before: LogState, after: LogState) -> bool:
+        """Whether the items alone tell what has changed since the stat was written."""
+        return False
 
     def _partly(self, parent: str, built: Built[LogState, Any], asked: Sequence[Any], conflict: Conflict) -> None:
         """Without atomic batches: keep what was appended before another writer came in between."""

@@ -178,8 +178,12 @@ class TopicLog(Log[dict[str, Any]]):
         return state
 
     def _is_found_again(self, before: LogState, after: LogState) -> bool:
-        told = (before.first, before.tail[2:]) == (after.first, after.tail[2:])
-        return self._finds_newest and before.expect is not ABSENT and told
+        return (
+            self._finds_newest
+            and before.expect is not ABSENT
+            and before.first == after.first
+            and before.tail[2:] == after.tail[2:]
+        )
 
     async def _clear_below(self, parent: str, first: int) -> int:
         if (await self._load(parent)).tail[2:] != (1,):
@@ -243,19 +247,23 @@ class TopicLog(Log[dict[str, Any]]):
     def _puts(
         self, parent: str, prefix: str, last: int, items: Sequence[dict[str, Any]], tail: Tail
     ) -> tuple[list[Op], Tail]:
-        encode, number_of = self._codec.encode, keys.encode
         at, size, marked = tail or (0, 0, 0)
         at = max(at, int(self._store.clock() * 1_000_000))  # a clock that steps back does not show
         puts: list[Op] = []
-        marks: dict[str, Op] = {}
-        for number, item in enumerate(items, last + 1):
-            key = prefix + number_of(number)
-            value = encode(key, {"at": at, "from": size, **item})
+        marks: dict[str, Op] | None = None
+        for item in items:
+            last += 1
+            key = prefix + keys.encode(last)
+            value = self._codec.encode(key, {"at": at, "from": size, **item})
             size += len(value)
             puts.append(Put(key, value, ABSENT))
-            for mark in self._marks_of(parent, item) if len(item) > 1 else ():
-                marks[mark] = Put(mark, b"%d" % number)
-        return puts + list(marks.values()), (at, size, 1 if marks else marked)
+            if len(item) > 1:
+                marks = marks or {}
+                marks.update((mark, Put(mark, b"%d" % last)) for mark in self._marks_of(parent, item))
+        if marks:
+            puts += marks.values()
+            marked = 1
+        return puts, (at, size, marked)
 
     def _tail_after(self, tail: Tail, missed: Entry) -> Tail:
         item = self._codec.decode(missed.key, missed.value)

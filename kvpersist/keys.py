@@ -141,6 +141,9 @@ def encode(value: Part, descending: bool = False) -> str:
             or descending text.
     """
     kind = type(value)
+    if kind is int:  # the numbers of logs and topics: the hot path
+        number = cast(int, value)
+        return _int_part(~number if descending else number)
     if kind is str or isinstance(value, (str, UUID)):
         if descending:
             raise BadKey(value, "text has no descending order: order by a number or a time")

@@ -126,7 +126,9 @@ class EventQueue:
             CommitUnknown: it may have been published, and readers will see it if it was.
         """
         self._begin()
-        item = item_of(NewEvent(event, channel, cursor, bookmark))
+        item = {"event": event}
+        if channel is not None or cursor is not None or bookmark is not None:
+            item = item_of(NewEvent(event, channel, cursor, bookmark))
         return position_of(await self._log.append(checked(topic, "topic"), item))
 
     async def publish_many(self, topic: str, events: Sequence[Any]) -> list[str]:

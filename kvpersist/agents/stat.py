@@ -43,6 +43,8 @@ class Stat(msgspec.Struct, omit_defaults=True):
         open: calls that wait for an answer. settled: those with an outcome already, set by hand.
         unsure: it was begun to rewrite the session without atomic batches: its counts are to be made anew.
         until: who began that may still be at it, up to this time in seconds since 1970.
+        rewritten: how often the session was rewritten without atomic batches, or counted anew. Who began to write
+            at another number may have written what nobody counted, or what answers a message that is gone.
     """
 
     updated_at: datetime
@@ -55,6 +57,7 @@ class Stat(msgspec.Struct, omit_defaults=True):
     settled: list[Waiting] = []
     unsure: bool = False
     until: float = 0.0
+    rewritten: int = 0
 
     def public(self) -> SessionStat:
         """Return it in the form that users get."""
@@ -84,7 +87,7 @@ class Parent(NamedTuple):
 class Draft:
     """A stat in the making; the one it started from is not changed."""
 
-    __slots__ = ("last", "messages", "open", "roles", "settled", "tools", "unsure", "updated_at")
+    __slots__ = ("last", "messages", "open", "rewritten", "roles", "settled", "tools", "unsure", "updated_at")
 
     def __init__(self, stat: Stat) -> None:
         self.last = stat.last
@@ -93,6 +96,7 @@ class Draft:
         self.tools = stat.tools.copy()
         self.open = stat.open.copy()
         self.settled = stat.settled.copy()
+        self.rewritten = stat.rewritten
         self.unsure = False
         self.updated_at = stat.updated_at
 
@@ -172,6 +176,7 @@ class Draft:
             indexed_at,
             self.settled,
             self.unsure,
+            rewritten=self.rewritten,
         )
 
 

@@ -87,7 +87,7 @@ class Parent(NamedTuple):
 class Draft:
     """A stat in the making; the one it started from is not changed."""
 
-    __slots__ = ("last", "messages", "open", "rewritten", "roles", "settled", "tools", "unsure", "updated_at")
+    __slots__ = ("last", "messages", "open", "roles", "settled", "tools", "unsure", "updated_at")
 
     def __init__(self, stat: Stat) -> None:
         self.last = stat.last
@@ -96,7 +96,6 @@ class Draft:
         self.tools = stat.tools.copy()
         self.open = stat.open.copy()
         self.settled = stat.settled.copy()
-        self.rewritten = stat.rewritten
         self.unsure = False
         self.updated_at = stat.updated_at
 
@@ -176,7 +175,6 @@ class Draft:
             indexed_at,
             self.settled,
             self.unsure,
-            rewritten=self.rewritten,
         )
 
 

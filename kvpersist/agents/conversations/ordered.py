@@ -134,7 +134,7 @@ class OrderedTurns:
             await self._recount(part, draft)
         else:
             await self._catch_up(part, draft, write=False)
-        return draft.done(stat.indexed_at)
+        return _done(draft, stat)
 
     async def _load(self, session_id: str) -> Parent:
         every = self._all
@@ -150,7 +150,7 @@ class OrderedTurns:
         if not stat.unsure:
             draft = Draft(stat)
             await self._catch_up(part, draft, write=True)
-            stat = draft.done(stat.indexed_at)
+            stat = _done(draft, stat)
         return Parent(Check(birth.key, birth.version), stat, b"" if entry is None else entry.version, {})
 
     async def _catch_up(self, part: str, draft: Draft, *, write: bool) -> None:
@@ -216,8 +216,7 @@ class OrderedTurns:
             ops.append(Put(every.updated_key(part, indexed_at), part.encode()))
         if draft.messages < 0 or any(count < 0 for counts in draft.tools.values() for count in counts):
             draft.unsure = True  # something went that was not counted: to be counted again
-        draft.rewritten = parent.stat.rewritten
-        stat = draft.done(indexed_at)
+        stat = _done(draft, parent.stat, indexed_at)
         if stat == parent.stat:
             self._begun.pop(part, None)
             return Built([], lambda version: parent, results)
@@ -649,6 +648,11 @@ class OrderedTurns:
     async def _alive(self, key: str) -> Entry | None:
         [entry] = await self._store._entries([key])
         return live(entry)
+
+
+def _done(draft: Draft, before: Stat, indexed_at: datetime | None = None) -> Stat:
+    """The stat that comes of ``before``."""
+    return msgspec.structs.replace(draft.done(indexed_at or before.indexed_at), rewritten=before.rewritten)
 
 
 def _partly(item: Any, error: KvError) -> KvError:

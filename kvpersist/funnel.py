@@ -320,14 +320,15 @@ class Funnel(Generic[S, I, O]):
             try:
                 state = await self._load(parent)
                 built = await self._build(parent, state, list(amends))
-                version = await self._store._commit(built.ops)
+                if built.ops:
+                    state = built.after(await self._store._commit(built.ops))
             except Conflict:
                 await _give_way(attempt, loop.time() - began)
                 attempt += 1
             except KvError:  # the items are stored, which is what their callers asked for
                 return
             else:
-                lane.state = built.after(version)
+                lane.state = state
                 return
 
     def _in_time(self, calls: list[_Call[I, O]]) -> list[_Call[I, O]]:

@@ -43,6 +43,8 @@ class Stat(msgspec.Struct, omit_defaults=True):
         open: calls that wait for an answer. settled: those with an outcome already, set by hand.
         unsure: it was begun to rewrite the session without atomic batches: its counts are to be made anew.
         until: who began that may still be at it, up to this time in seconds since 1970.
+        rewritten: how often the session was rewritten without atomic batches, or counted anew. Who began to write
+            at another number may have written what nobody counted, or what answers a message that is gone.
     """
 
     updated_at: datetime
@@ -55,6 +57,7 @@ class Stat(msgspec.Struct, omit_defaults=True):
     settled: list[Waiting] = []
     unsure: bool = False
     until: float = 0.0
+    rewritten: int = 0
 
     def public(self) -> SessionStat:
         """Return it in the form that users get."""

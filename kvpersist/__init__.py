@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     from kvpersist.index import Index, at_least, at_most, between
     from kvpersist.lease import Holder, Lease, Lock
     from kvpersist.log import Log
+    from kvpersist.opening import open_store
     from kvpersist.repository import Page, Repository
-    from kvpersist.store import Info, Store, Versioned, open_store
+    from kvpersist.store import Info, Store, Versioned
     from kvpersist.sync import open_store_sync, open_sync
     from kvpersist.transaction import Transaction
 
@@ -161,7 +162,8 @@ _HOMES: Final = {
     "kvpersist.lease": ("Holder", "Lease", "Lock"),
     "kvpersist.log": ("Log",),
     "kvpersist.repository": ("Page", "Repository"),
-    "kvpersist.store": ("Info", "Store", "Versioned", "open_store"),
+    "kvpersist.opening": ("open_store",),
+    "kvpersist.store": ("Info", "Store", "Versioned"),
     "kvpersist.sync": ("open_store_sync", "open_sync"),
     "kvpersist.transaction": ("Transaction",),
 }

@@ -21,7 +21,7 @@ from typing import Any, Final, Self, cast
 
 from kvpersist.agents.persistence import open as open_async
 from kvpersist.errors import BadRequest, ForkedStore, StoreClosed
-from kvpersist.store import open_store
+from kvpersist.opening import open_store
 
 __all__ = ["open_store_sync", "open_sync"]
 

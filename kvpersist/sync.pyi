@@ -24,7 +24,7 @@ from kvpersist.agents.workspace.images import Image
 from kvpersist.agents.workspace.login_sessions import LoginSession
 from kvpersist.agents.workspace.prototypes import Prototype
 from kvpersist.agents.workspace.providers import Provider
-from kvpersist.changes import Change
+from kvpersist.changes.scope import Change
 from kvpersist.driver import Absent, Capabilities, Check, Driver
 from kvpersist.errors import CorruptRecord, LargeValue
 from kvpersist.events.records import Claimed, EventEntry, GroupStats, Lag, Parked, TopicStats

@@ -56,8 +56,9 @@ from kvpersist.index.reads import OnCorrupt, decoded
 from kvpersist.index.rebuild import Reindexed
 from kvpersist.log import require_sequences
 from kvpersist.metrics import Metrics
+from kvpersist.opening import Opening, caller_line, named_by, open_named
 from kvpersist.repository import Repository
-from kvpersist.store import Opening, Store, _caller, _meant, _opened
+from kvpersist.store import Store
 from kvpersist.transaction import Transaction
 from kvpersist.urls import Where
 
@@ -463,25 +464,25 @@ def open(
     Raises:
         As `open_store`; Unsupported: the backend has no ordered scan or no conditional writes.
     """
-    opener = _caller()
+    opener = caller_line()
     given: dict[str, Any] = {"codec": codec or UNSET, "ttl": ttl, "timeout": timeout, "sweep": sweep}
     given = {name: value for name, value in given.items() if value is not UNSET}
 
     async def beside(place: Any) -> Store:
         is_named = isinstance(place, str | os.PathLike | Mapping)
         named = resolve(cast("Where", place)) if is_named else place
-        return await _opened(named, {name: given[name] for name in _SHARED & given.keys()}, clock, opener, also=())
+        return await open_named(named, {name: given[name] for name in _SHARED & given.keys()}, clock, opener, also=())
 
     async def make() -> Persistence:
         environ = variables(dotenv)
-        meant = _meant(where, options, profile, home, environ, also=_ARGUMENTS)
+        meant = named_by(where, options, profile, home, environ, also=_ARGUMENTS)
         folder = home_of(home, environ)
         end_logs = _logging(logs, folder, environ)
         placement: Placement | None = None
         try:
             configured = meant if isinstance(meant, Resolved) else None
             place, settings = events_of(events, configured and configured.events)
-            store = await _opened(meant, given, clock, opener, also=_ARGUMENTS)
+            store = await open_named(meant, given, clock, opener, also=_ARGUMENTS)
             placement = Placement(store)
             if store is not where:
                 placement.opened.append(store)

@@ -64,7 +64,7 @@ for name, arguments, target, group, help_ in (
     ("init", "[URL]", "stores:init", _STORES, "Make what a store needs; what is there stays."),
     ("ddl", "[URL]", "stores:ddl", _STORES, "Print the SQL that makes what a store needs; nothing is run."),
     ("reset", "URL", "stores:reset", _STORES, "Empty a store."),
-    ("health", "[URL]", "health:health", _STORES, "Ask a store whether it answers and can be written."),
+    ("health", "[URL]", "health:health", _STORES, "Ask a store whether it answers, and can be written."),
     ("conformance", "[URL]", "stores:conformance", _STORES, "Test what a store keeps, beside what it holds."),
     ("drivers", "", "settings:drivers", _SETTINGS, "List the drivers, and what is wrong with them."),
     ("config", "", "settings:config", _SETTINGS, "Show the settings, and where they come from."),
@@ -98,7 +98,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):  # a terminal that cannot show a character still gets the rest
             stream.reconfigure(errors="backslashreplace")
     try:
-        result = app(_global_last(given))
+        result = app(_with_whole_help(_global_last(given)))
     except SystemExit as stop:  # cyclopts has told of a usage error already
         if isinstance(stop.__context__, BrokenPipeError):  # rich met it while it printed help
             return _reader_gone()
@@ -139,6 +139,13 @@ def _global_last(argv: list[str]) -> list[str]:
     return rest[:1] + moved + rest[1:] if rest and not rest[0].startswith("-") else rest or moved[:0]
 
 
+def _with_whole_help(argv: list[str]) -> list[str]:
+    """Let a command's own help say what its function does; the line in the list of all is there to load nothing."""
+    if {"--help", "-h"} & {*argv} and argv[0] in [*app] and not argv[0].startswith("-"):
+        app[argv[0]].help = None
+    return argv
+
+
 def _tell(error: BaseException) -> None:
     while type(error) is ImportError and error.__cause__ is not None:  # cyclopts loading a command's module
         error = error.__cause__
@@ -170,7 +177,7 @@ def _next_step(error: errors.KvError) -> str:
             if "kvpersist init" in error.expected:
                 return f"it needs {error.expected}"
             if _is_absent(error):
-                return "another name? (see: kvpersist config --origins) demo, import and put make a new one"
+                return "another name? (see: kvpersist config --origins) init, demo, import and put make a new one"
             return "try: kvpersist config --origins"
         case errors.MalformedRecord():
             return "correct it and import again, or leave such records out: --on-error skip"

@@ -20,7 +20,9 @@ async def health(
     store: StoreOption = USUAL_STORE,
     output: Output = FOR_PEOPLE,
 ) -> int:
-    """Ask a store, and those beside it, whether they answer. Exit code 4: one does not; 1: one cannot be written.
+    """Ask a store, and those beside it, whether they answer, and with --write whether they can be written.
+
+    Exit code 4: one does not; 1: one cannot be written.
 
     Args:
         url: the store; default: the usual one.

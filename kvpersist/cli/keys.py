@@ -10,11 +10,22 @@ import msgspec
 from cyclopts import Parameter
 
 from kvpersist.cli.options import FOR_PEOPLE, USUAL_STORE, Count, Output, StoreOption
-from kvpersist.cli.render import clean, is_terminal, print_items, print_json, read_stdin, say, write, write_bytes
+from kvpersist.cli.render import (
+    clean,
+    counted,
+    is_terminal,
+    print_items,
+    print_json,
+    read_stdin,
+    say,
+    write,
+    write_bytes,
+)
 from kvpersist.driver import ABSENT
 from kvpersist.errors import BadOption, CorruptRecord, LargeValue, ReservedNamespace
 from kvpersist.keys import partition
-from kvpersist.store import Store, open_store
+from kvpersist.opening import open_store
+from kvpersist.store import Store
 from kvpersist.urls import parse_duration
 
 __all__ = ["agreed", "get", "ls", "put", "rm"]
@@ -168,7 +179,7 @@ async def rm(
             if dry_run:
                 write("".join(f"{key}\n" for key in present))
             else:
-                say(f"removed {await opened.delete_many(present)}")
+                say(f"removed {counted(await opened.delete_many(present), 'key')}")
             for key in keys:
                 if key not in present:
                     say(f"no such key: {key}", style="red")
@@ -178,16 +189,16 @@ async def rm(
             async for key in opened.keys(prefix, raw=True):
                 write(f"{key}\n")
                 count += 1
-            say(f"would remove {count}")
+            say(f"would remove {counted(count, 'key')}")
             return 0
         if not yes:
             count = 0
             async for _ in opened.keys(prefix, raw=True):
                 count += 1
-            if not agreed(f"remove {count} keys that start with {prefix!r}?"):
+            if not agreed(f"remove {counted(count, 'key')} with the prefix {prefix!r}?"):
                 say("nothing was removed: --dry-run lists the keys, --yes removes them")
                 return 2
-        say(f"removed {await opened.clear(prefix)}")
+        say(f"removed {counted(await opened.clear(prefix), 'key')}")
     return 0
 
 

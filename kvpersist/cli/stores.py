@@ -15,8 +15,9 @@ from kvpersist.cli.options import FOR_PEOPLE, USUAL_STORE, Output, StoreOption
 from kvpersist.cli.render import counted, is_terminal, print_json, print_rows, progress_bar, say, write
 from kvpersist.driver import DescribesTables, Driver, Provisions
 from kvpersist.errors import BadOption, FormatMismatch, ReadOnly
+from kvpersist.opening import open_store
 from kvpersist.ops.progress import Progress
-from kvpersist.store import Store, open_store
+from kvpersist.store import Store
 from kvpersist.urls import Target
 
 if TYPE_CHECKING:

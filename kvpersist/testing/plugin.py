@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @fixture
 async def kv() -> AsyncIterator[Store]:
     """An empty store in memory."""
-    from kvpersist.store import open_store
+    from kvpersist.opening import open_store
 
     async with open_store("memory://") as store:
         yield store
@@ -46,7 +46,7 @@ async def kv() -> AsyncIterator[Store]:
 @fixture
 async def kv_sqlite(tmp_path: Path) -> AsyncIterator[Store]:
     """An empty store in a SQLite file, ``tmp_path / "kv.db"``."""
-    from kvpersist.store import open_store
+    from kvpersist.opening import open_store
 
     async with open_store({"type": "sqlite", "path": str(tmp_path / "kv.db")}) as store:
         yield store
@@ -55,7 +55,7 @@ async def kv_sqlite(tmp_path: Path) -> AsyncIterator[Store]:
 @fixture
 async def kv_url(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
     """The store that ``--kv-url`` names, as it is; the test is skipped where none was given."""
-    from kvpersist.store import open_store
+    from kvpersist.opening import open_store
 
     where: str | None = request.config.getoption("--kv-url")
     if where is None:

@@ -14,7 +14,8 @@ import pytest
 import kvpersist
 from kvpersist import Confirmation, Image, Index, Message, ToolCallPart
 from kvpersist.agents.births import Belongs, Family
-from kvpersist.agents.family import Children, Parents, Records
+from kvpersist.agents.children import Children
+from kvpersist.agents.family import Parents, Records
 from kvpersist.agents.persistence import Persistence
 from kvpersist.driver import Batch, Put
 from kvpersist.errors import BadRequest, ParentGone, Unencodable, UniqueConflict

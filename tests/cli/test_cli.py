@@ -422,7 +422,7 @@ def test_rm_with_a_prefix_needs_yes_and_asks_nobody_in_a_pipe(kv: Command, url: 
     assert len(kv("ls", "app:").out.split()) == 2
 
     removed = kv("rm", "--prefix", "app:", "--yes")
-    assert (removed.code, removed.err) == (0, "removed 2\n")
+    assert (removed.code, removed.err) == (0, "removed 2 keys\n")
     assert kv("ls", "app:").out == ""
     assert kv("ls", "zoo:").out == "zoo:c\n"
 
@@ -723,6 +723,16 @@ def test_help_names_arguments_and_no_default_of_a_flag(capsys: pytest.CaptureFix
     assert "None" not in shown
 
 
+def test_the_help_of_a_command_says_more_than_its_line_in_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    run(["health", "--help"])
+    own = " ".join(capsys.readouterr().out.split())
+
+    listed = " ".join(shell("--help").stdout.decode().split())
+
+    assert "Exit code 4: one does not; 1: one cannot be written." in own
+    assert "Exit code" not in listed
+
+
 def test_a_reader_that_goes_away_from_help_is_no_error(url: str) -> None:
     script = f"set -o pipefail; {sys.executable} -m kvpersist --help | true"
 
@@ -771,7 +781,7 @@ def test_a_terminal_is_asked_before_a_prefix_is_removed(kv: Command, url: str) -
     yes, _ = terminal(["rm", "--prefix", "app:", "--url", url], typed=b"y\n")
 
     assert (no, yes) == (2, 0)
-    assert "remove 1 keys that start with 'app:'? [y/N]" in asked
+    assert "remove 1 key with the prefix 'app:'? [y/N]" in asked
     assert kv("ls", "app:").out == ""
 
 

@@ -23,8 +23,9 @@ from kvpersist.errors import (
     UniqueConflict,
 )
 from kvpersist.index import Index, at_least, at_most, between
+from kvpersist.opening import open_store
 from kvpersist.repository import Repository
-from kvpersist.store import Store, open_store
+from kvpersist.store import Store
 from kvpersist.testing import FaultyDriver, ManualClock
 from kvpersist_drivers.memory import MemoryDriver
 

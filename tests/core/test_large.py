@@ -30,7 +30,8 @@ from kvpersist.errors import (
     ValueReplaced,
 )
 from kvpersist.large import LEASE, MARK, PIECE, LargeWriter
-from kvpersist.store import Store, open_store
+from kvpersist.opening import open_store
+from kvpersist.store import Store
 from kvpersist.testing import Crashed, FaultyDriver, ManualClock
 from kvpersist_drivers.filesystem import FilesystemDriver, FilesystemOptions
 from kvpersist_drivers.memory import MemoryDriver

@@ -23,7 +23,8 @@ from kvpersist.errors import (
     Unsupported,
 )
 from kvpersist.log import Log
-from kvpersist.store import Store, open_store
+from kvpersist.opening import open_store
+from kvpersist.store import Store
 from kvpersist_drivers.memory import MemoryDriver
 
 

@@ -27,8 +27,9 @@ from kvpersist.errors import (
     Unsupported,
 )
 from kvpersist.index import Index, at_least, at_most, between
+from kvpersist.opening import open_store
 from kvpersist.repository import Page, Repository
-from kvpersist.store import Store, open_store
+from kvpersist.store import Store
 from kvpersist.testing import FaultyDriver, ManualClock
 from kvpersist_drivers.memory import MemoryDriver
 

@@ -28,7 +28,8 @@ from kvpersist.errors import (
     Unsupported,
     WrongLoop,
 )
-from kvpersist.store import Store, open_store
+from kvpersist.opening import open_store
+from kvpersist.store import Store
 from kvpersist_drivers.memory import MemoryDriver
 
 

@@ -63,7 +63,7 @@ class Types:
                 self.bodies[name] = self._class(self.classes[name])
                 done.add(name)
         opened = [*self._opening("open_sync", "kvpersist.agents.persistence", "open")]
-        opened += self._opening("open_store_sync", "kvpersist.store", "open_store")
+        opened += self._opening("open_store_sync", "kvpersist.opening", "open_store")
         lines = ['"""Made by tests/sync/make_types.py from the asynchronous names; see `kvpersist.sync`."""', ""]
         by_module: dict[str, set[str]] = {}
         for here, (module, there) in self.imports.items():

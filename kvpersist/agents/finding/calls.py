@@ -7,22 +7,11 @@ from typing import Any, ClassVar, Final
 
 from kvpersist import keys
 from kvpersist.agents.collections import Collections
+from kvpersist.agents.finding.choices import best
+from kvpersist.agents.finding.conditions import Test, Where, normal, tests_of
 from kvpersist.agents.finding.finder import Chosen, IndexFinder, downwards, refuse_unknown
-from kvpersist.agents.finding.queries import (
-    Asked,
-    Chunk,
-    Indexed,
-    Merged,
-    Plan,
-    Sorted,
-    Source,
-    Test,
-    Where,
-    best,
-    normal,
-    passing,
-    tests_of,
-)
+from kvpersist.agents.finding.queries import Asked, Plan
+from kvpersist.agents.finding.sources import Chunk, Indexed, Merged, Sorted, Source, passing
 from kvpersist.agents.records import TOOL_CALL_STATES, ToolCall
 from kvpersist.errors import BadRequest, IndexNotReady, KvError
 from kvpersist.index.reads import OnCorrupt, Query, decoded

@@ -8,7 +8,10 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from kvpersist import keys
 from kvpersist.agents.collections import Collections
-from kvpersist.agents.finding.queries import Asked, Choice, Finder, Replaced, Sorted, Source, Where
+from kvpersist.agents.finding.choices import Choice
+from kvpersist.agents.finding.conditions import Where
+from kvpersist.agents.finding.queries import Asked, Finder
+from kvpersist.agents.finding.sources import Replaced, Sorted, Source
 from kvpersist.errors import BadRequest, IndexNotReady, KvError, NoIndex
 from kvpersist.index.declaration import Range
 from kvpersist.index.reads import Query

@@ -9,26 +9,12 @@ from typing import Any, ClassVar, Final
 from kvpersist import keys
 from kvpersist.agents.collections import Collections
 from kvpersist.agents.content import MORE, TEXT_INDEX, Term, content_types, folded, lookup, text_index, text_of
+from kvpersist.agents.finding.choices import best
+from kvpersist.agents.finding.conditions import Test, Where, normal, tests_of, within
 from kvpersist.agents.finding.finder import Chosen, IndexFinder, downwards, refuse_unknown
-from kvpersist.agents.finding.queries import (
-    Asked,
-    Chunk,
-    Found,
-    Indexed,
-    Nested,
-    Plan,
-    Sorted,
-    Source,
-    Test,
-    Through,
-    Where,
-    best,
-    normal,
-    passing,
-    tests_of,
-    within,
-)
+from kvpersist.agents.finding.queries import Asked, Found, Plan
 from kvpersist.agents.finding.sessions import OWNERS, SessionFinder
+from kvpersist.agents.finding.sources import Chunk, Indexed, Nested, Sorted, Source, Through, passing
 from kvpersist.agents.records import ROLES, Message, Session
 from kvpersist.errors import BadRequest, IndexNotReady, KvError
 from kvpersist.index import bind

@@ -9,23 +9,11 @@ from typing import Any, ClassVar, Final, NamedTuple
 from kvpersist import keys
 from kvpersist.agents.collections import Collections
 from kvpersist.agents.content import folded
+from kvpersist.agents.finding.choices import best
+from kvpersist.agents.finding.conditions import Test, Where, normal, tests_of, within
 from kvpersist.agents.finding.finder import Chosen, IndexFinder, downwards
-from kvpersist.agents.finding.queries import (
-    Asked,
-    Chunk,
-    Indexed,
-    Plan,
-    Replaced,
-    Source,
-    Test,
-    Through,
-    Where,
-    best,
-    normal,
-    passing,
-    tests_of,
-    within,
-)
+from kvpersist.agents.finding.queries import Asked, Plan
+from kvpersist.agents.finding.sources import Chunk, Indexed, Replaced, Source, Through, passing
 from kvpersist.agents.records import Session
 from kvpersist.agents.stat import EXACT, Stat
 from kvpersist.errors import BadRequest, CorruptRecord, IndexNotReady, KvError

@@ -16,10 +16,10 @@ import msgspec
 
 from kvpersist import keys
 from kvpersist.agents.births import Family
+from kvpersist.agents.children import Children
 from kvpersist.agents.conversations.messages import Messages
 from kvpersist.agents.conversations.sessions import Sessions
 from kvpersist.agents.deletion import Cascade, require
-from kvpersist.agents.family import Children
 from kvpersist.agents.records import Session
 from kvpersist.agents.state.history import Compressions, RecoveredFiles, Windows
 from kvpersist.agents.state.media import MediaCache

@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 
 from kvpersist.agents.births import Births, Family
-from kvpersist.agents.family import Children
+from kvpersist.agents.children import Children
 from kvpersist.agents.records import Message, utc
 from kvpersist.errors import BadRequest
 from kvpersist.index import Index

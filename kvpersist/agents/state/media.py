@@ -7,7 +7,7 @@ from datetime import datetime
 import msgspec
 
 from kvpersist.agents.births import Births, Family
-from kvpersist.agents.family import Children
+from kvpersist.agents.children import Children
 from kvpersist.agents.state.history import BY_TIME
 from kvpersist.errors import BadRequest
 

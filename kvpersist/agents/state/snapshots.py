@@ -8,9 +8,9 @@ from typing import Any, Final
 import msgspec
 
 from kvpersist.agents.births import Births, Family
+from kvpersist.agents.children import Children
 from kvpersist.agents.conversations.messages import Messages
 from kvpersist.agents.conversations.sessions import Sessions
-from kvpersist.agents.family import Children
 from kvpersist.agents.records import Message, new_id, utc
 from kvpersist.errors import BadRequest, ParentGone
 from kvpersist.index import Index

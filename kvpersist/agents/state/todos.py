@@ -10,7 +10,7 @@ from uuid import UUID
 import msgspec
 
 from kvpersist.agents.births import Births, Family
-from kvpersist.agents.family import Children
+from kvpersist.agents.children import Children
 from kvpersist.agents.records import new_id, utc
 from kvpersist.driver import ABSENT, Expect
 from kvpersist.errors import BadRequest, Conflict, UniqueConflict

@@ -47,6 +47,7 @@ __all__ = ["MysqlDriver", "MysqlOptions"]
 _ATTEMPTS: Final = 8  # at a commit that met a deadlock, or waited 1 s for a lock
 _PAUSE_SECONDS: Final = 0.01  # at most; doubled each time, four times over
 _MOST: Final = 16 << 20  # bytes of a value, however large the server's packets may be
+_LOOKED_AT: Final = 8  # keys at most that an INSERT looks at by itself, each with a subquery
 _SWEEP: Final = 500  # entries that one statement removes
 
 
@@ -229,9 +230,21 @@ class MysqlDriver:
             await self._send(link, writes if len(writes) == 1 else ["BEGIN", *writes, "COMMIT"])
             return hoped.answers
         checked, held = locks(batches)
+        hopeful = all(isinstance(answer, Committed) for answer in hoped.answers)
+        if hopeful and not held and len(expected) <= _LOOKED_AT and None not in hoped.rows.values():
+            writes = sql.put(hoped.rows, self._packet, sql.unchanged(expected, now_ms))
+            if len(writes) == 1:
+                try:
+                    await self._send(link, writes)
+                except Error as error:
+                    if code_of(error) != NOT_AS_EXPECTED:
+                        raise
+                    hopeful = False
+                else:
+                    return hoped.answers
         begin = ["BEGIN", *sql.share(checked), *sql.hold(held, self._packet), *sql.versions(held)]
         found: list[Answer] = []
-        if all(isinstance(answer, Committed) for answer in hoped.answers):
+        if hopeful:
             finish = [*sql.guard(expected, now_ms), *self._written(hoped, held, expected), "COMMIT"]
             try:
                 await self._send(link, begin + finish, found)
@@ -240,7 +253,7 @@ class MysqlDriver:
                     raise
             else:
                 return hoped.answers
-        else:  # the batches contradict each other: some will fail, whatever is stored
+        else:  # something is not as expected, or the batches contradict each other
             await self._send(link, begin, found, commits=False)
         rows = (row for answer in found for row in answer.rows if len(row) == 3)
         stored: dict[str, Expect] = {key.decode(): version for key, version, exp in rows if not exp or exp > now_ms}

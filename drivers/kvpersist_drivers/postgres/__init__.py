@@ -45,7 +45,7 @@ with needs_extra("postgres", module="asyncpg"):
     from kvpersist_drivers.postgres._connections import Connection, Connections, Row, Source
     from kvpersist_drivers.postgres._errors import AGAIN, code_of, is_of_one_batch, of_server
     from kvpersist_drivers.postgres._plan import MAX_BATCH_BYTES, MAX_VALUE_BYTES, Plan
-    from kvpersist_drivers.postgres._statements import COLUMNS, MAX_KEY_BYTES, Statements, escaped, unescaped
+    from kvpersist_drivers.postgres._statements import COLUMNS, MAX_KEY_BYTES, SEPARATOR, Statements, escaped, unescaped
     from kvpersist_drivers.postgres._watch import Listener
 
 __all__ = ["PostgresDriver", "PostgresOptions"]
@@ -192,12 +192,11 @@ class PostgresDriver:
         if not keys:
             return []
         stored = [escaped(key) for key in keys]
-        found = {row[0]: row for row in await self._read(self._sql.get, stored, self.clock())}
-        entries: list[Entry | None] = []
-        for key, name in zip(keys, stored, strict=True):
-            row = found.get(name)
-            entries.append(None if row is None else Entry(key, row[1], row[2], row[3]))
-        return entries
+        found = {row[0]: row for row in await self._read(self._sql.get, SEPARATOR.join(stored), self.clock())}
+        return [
+            None if (row := found.get(name)) is None else Entry(key, row[1], row[2], row[3])
+            for key, name in zip(keys, stored, strict=True)
+        ]
 
     async def commit(self, batches: Sequence[Batch]) -> list[_Answer]:
         if self._closed:

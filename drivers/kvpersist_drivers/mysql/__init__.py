@@ -2,10 +2,11 @@
 
 An entry is a row of one InnoDB table: the key as bytes, which InnoDB orders as bytes, its version, its
 expiry and its value. ``get`` and ``scan`` are one SELECT per thousand keys or entries. ``commit`` is one
-call however many batches it has: one INSERT where all is unconditional puts, else one transaction whose
-statements are sent together. They hold the rows, compare them with what the batches expect and end in
-COMMIT. Where something else is there, they stop before writing; the versions found have arrived by then,
-and a second call writes the batches that may be, and commits.
+call however many batches it has: one INSERT where all is puts without conditions of their own, which
+looks itself at the few other keys that they check; else one transaction whose statements are sent
+together. They hold the rows, compare them with what the batches expect and end in COMMIT. Where something
+else is there, they stop before writing; the versions found have arrived by then, and another call writes
+the batches that may be, and commits.
 
 The client's clock judges expiry. A cancelled commit may still be executed by the server.
 """

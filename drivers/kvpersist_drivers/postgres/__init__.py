@@ -5,9 +5,10 @@ NUL, which a text of PostgreSQL cannot hold, is stored as ``\x01\x01`` and ``\x0
 No function, type or extension is made.
 
 ``get`` and ``scan`` are one statement, targets of index entries included. ``commit`` is one statement
-where there are only puts without conditions, and otherwise one statement executed several times in one
-transaction: first for its locks, then once for every group of batches that may see the same state. Both
-are one round trip. Every writer takes advisory locks of the transaction on the keys it writes, and
+where there are only puts without conditions of their own, and checks of other keys that hold; otherwise
+it is one statement executed several times in one transaction: first for its locks, then once for every
+group of batches that may see the same state. Both are one round trip, and one after the other where such
+a check does not hold. Every writer takes advisory locks of the transaction on the keys it writes, and
 shared ones on those it only checks, in the order of their numbers: so conditions are judged on a
 snapshot that nobody can change before the commit, and writers cannot deadlock each other. A call about
 more than 128 keys locks the table's writers out as a whole while it runs.

@@ -5,9 +5,10 @@ NUL, which a text of PostgreSQL cannot hold, is stored as ``\x01\x01`` and ``\x0
 No function, type or extension is made.
 
 ``get`` and ``scan`` are one statement, targets of index entries included. ``commit`` is one statement
-where there are only puts without conditions, and otherwise one statement executed several times in one
-transaction: first for its locks, then once for every group of batches that may see the same state. Both
-are one round trip. Every writer takes advisory locks of the transaction on the keys it writes, and
+where there are only puts without conditions of their own, and checks of other keys that hold; otherwise
+it is one statement executed several times in one transaction: first for its locks, then once for every
+group of batches that may see the same state. Both are one round trip, and one after the other where such
+a check does not hold. Every writer takes advisory locks of the transaction on the keys it writes, and
 shared ones on those it only checks, in the order of their numbers: so conditions are judged on a
 snapshot that nobody can change before the commit, and writers cannot deadlock each other. A call about
 more than 128 keys locks the table's writers out as a whole while it runs.
@@ -45,7 +46,7 @@ with needs_extra("postgres", module="asyncpg"):
     from kvpersist_drivers.postgres._connections import Connection, Connections, Row, Source
     from kvpersist_drivers.postgres._errors import AGAIN, code_of, is_of_one_batch, of_server
     from kvpersist_drivers.postgres._plan import MAX_BATCH_BYTES, MAX_VALUE_BYTES, Plan
-    from kvpersist_drivers.postgres._statements import COLUMNS, MAX_KEY_BYTES, Statements, escaped, unescaped
+    from kvpersist_drivers.postgres._statements import COLUMNS, MAX_KEY_BYTES, SEPARATOR, Statements, escaped, unescaped
     from kvpersist_drivers.postgres._watch import Listener
 
 __all__ = ["PostgresDriver", "PostgresOptions"]
@@ -193,12 +194,11 @@ class PostgresDriver:
         if not keys:
             return []
         stored = [escaped(key) for key in keys]
-        found = {row[0]: row for row in await self._read(self._sql.get, stored, self.clock())}
-        entries: list[Entry | None] = []
-        for key, name in zip(keys, stored, strict=True):
-            row = found.get(name)
-            entries.append(None if row is None else Entry(key, row[1], row[2], row[3]))
-        return entries
+        found = {row[0]: row for row in await self._read(self._sql.get, SEPARATOR.join(stored), self.clock())}
+        return [
+            None if (row := found.get(name)) is None else Entry(key, row[1], row[2], row[3])
+            for key, name in zip(keys, stored, strict=True)
+        ]
 
     async def commit(self, batches: Sequence[Batch]) -> list[_Answer]:
         if self._closed:

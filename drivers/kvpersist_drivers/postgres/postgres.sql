@@ -30,7 +30,7 @@ SELECT
 
 --- get
 SELECT key, value, version, expires_at FROM {table}
-WHERE key = any($1::text[]) AND (expires_at IS NULL OR expires_at > $2::float8)
+WHERE key = any(string_to_array($1::text, E'\x01\x03')) AND (expires_at IS NULL OR expires_at > $2::float8)
 
 --- locks
 -- Takes the locks of a transaction, in the order of their numbers, a row for each. $1: the table's number;

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from kvpersist import keys
 from kvpersist.driver import ABSENT, Delete, Entry, Op, Put
-from kvpersist.errors import BadCursor, BadRequest, Conflict, EventsExpired, KeyTooLong, KvError
+from kvpersist.errors import BadCursor, BadRequest, Conflict, CorruptRecord, EventsExpired, KeyTooLong, KvError
 from kvpersist.events.records import After, EventEntry, NewEvent, as_json, number_of, position_of
 from kvpersist.log import Log, LogState, Numbered, Tail
 from kvpersist.store import Store
@@ -39,7 +39,7 @@ class TopicLog(Log[dict[str, Any]]):
 
     With atomic batches publishing does not write the stat, it checks that nobody has: the newest event
     tells what the stat would. It is written when a topic begins, is trimmed, and has its first mark, so
-    that whoever trims or removes a topic stops those who knew it before; `put-if-absent` of the next
+    that whoever trims or removes a topic stops those who knew it before; put-if-absent of the next
     number decides between publishers.
     """
 
@@ -70,7 +70,7 @@ class TopicLog(Log[dict[str, Any]]):
         return self._stat_put(state._replace(first=state.last + 1, alive=0))
 
     async def state(self, topic: str) -> LogState:
-        """What is known of ``topic``: one read."""
+        """What is known of ``topic``: two reads."""
         return await self._load(topic)
 
     async def many(self, topic: str, numbers: Sequence[int]) -> list[dict[str, Any] | None]:
@@ -147,7 +147,7 @@ class TopicLog(Log[dict[str, Any]]):
         return max(cuts)
 
     async def beside(self, topic: str, others: Sequence[str]) -> tuple[LogState, list[Entry | None]]:
-        """The state of ``topic`` and the entries at other keys, in one read."""
+        """The state of ``topic`` and the entries at other keys, read with its stat."""
         stat, *found = await self._store._entries([self._stat_prefix + keys.encode(topic), *others])
         return await self._state_of(topic, stat), found
 
@@ -169,13 +169,29 @@ class TopicLog(Log[dict[str, Any]]):
             for newest in found:
                 last = keys.decode(newest.key[len(state.prefix) :], int)
                 if last >= state.last:
-                    tail = self._tail_after(state.tail, newest)
+                    tail = await self._tail_at(state, newest)
                     return state._replace(last=last, alive=last + 1 - state.first, tail=tail)
             [again] = await self._store._entries([state.stat_key])  # all were trimmed: by then, or between the reads?
             if again is not None and again.version == state.expect:
                 break
             state = await super()._state_of(parent, again)
         return state
+
+    async def _tail_at(self, state: LogState, newest: Entry) -> Tail:
+        """The tail with the newest event; where that one is damaged, by the last that is not."""
+        try:
+            return self._tail_after(state.tail, newest)
+        except CorruptRecord:
+            damaged = 0
+        for entry in await self._store._scan(state.prefix, newest.key + "\0", limit=_MARKED_PAGE, reverse=True):
+            try:
+                at, size, marked = self._tail_after(state.tail, entry)
+            except CorruptRecord:
+                damaged += len(entry.value)
+            else:
+                return (at, size + damaged, marked)
+        at, size, marked = state.tail
+        return (at, size + damaged, marked)
 
     def _is_found_again(self, before: LogState, after: LogState) -> bool:
         return (

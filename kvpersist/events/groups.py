@@ -193,7 +193,7 @@ class EventGroup:
         return await self._funnel.submit(self._key, _Revive(_number(position), discard=True))
 
     async def stats(self) -> GroupStats:
-        """How many events wait, are handed out, and expired before they were: one read."""
+        """How many events wait, are handed out, and expired before they were: a few reads."""
         log, group, _ = await self._read()
         waiting = log.last - max(group.cursor, log.first - 1)
         return GroupStats(max(0, waiting), len(group.claims), max(0, log.first - 1 - group.cursor))

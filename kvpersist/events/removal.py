@@ -81,10 +81,10 @@ async def remove_topic(
             continue
         following = log.key_of(topic, state.last + 1)
         if atomic:  # nobody has published, and nobody can who knew the topic
-            version = state.expect if capabilities.conditional_delete else None
-            last: list[Op] = [Check(following, ABSENT), Delete(stat_key, version)]
+            gone = Delete(stat_key, stat.version if capabilities.conditional_delete else None)
+            last: Sequence[Op] = (Check(following, ABSENT), gone)
         else:
-            last = [Put(stat_key, stat.value, stat.version, store.clock() + _LATE)]
+            last = (Put(stat_key, stat.value, stat.version, store.clock() + _LATE),)
         try:
             await remove(last)
         except Conflict as conflict:

@@ -167,9 +167,9 @@ class RedisDriver:
             Request(slot_of(self._names(space).prefix) if sharded else 0, plan.words(), COMMIT) for space, plan in left
         ]
         outcomes = await self._servers.ask(requests, writes=True) if requests else []
-        if len(left) == len(plans) and len({type(outcome) for outcome in outcomes}) == 1:  # it is one for all
-            if isinstance(outcomes[0], KvError):
-                raise _unknown(outcomes[0])
+        kinds: set[type[Any]] = {type(outcome) for outcome in outcomes}
+        if len(left) == len(plans) and len(kinds) == 1 and isinstance(outcomes[0], KvError):  # it is everybody's
+            raise _unknown(outcomes[0])
         for (_, plan), outcome in zip(left, outcomes, strict=True):
             if isinstance(outcome, KvError):
                 for place in plan.places:

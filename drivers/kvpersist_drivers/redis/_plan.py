@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from kvpersist.driver import ABSENT, HEADER_BYTES, Batch, Check, Expect, Put, milliseconds, packed_header
+from kvpersist.driver import HEADER_BYTES, Batch, Check, Expect, Put, milliseconds, packed_header
 from kvpersist.errors import BadKey, BadRequest, KvError, Unsupported, ValueTooLarge
 
 __all__ = ["MAX_VALUE_BYTES", "Names", "Plan", "names_of", "space_of"]
@@ -12,7 +12,6 @@ __all__ = ["MAX_VALUE_BYTES", "Names", "Plan", "names_of", "space_of"]
 MAX_VALUE_BYTES: Final = (512 << 20) - HEADER_BYTES  # of a string in Redis, unless configured otherwise
 
 _END, _CHECK_ABSENT, _PUT_NEW, _PUT, _PUT_OVER, _CHECK_VERSION, _DELETE_VERSION, _DELETE = range(8)
-_OF_VERSIONS: Final = (_PUT_OVER, _DELETE_VERSION)
 _SHARDED, _TELLS, _EXPIRES, _DISTINCT = 1, 2, 4, 8  # of the whole
 
 
@@ -78,45 +77,57 @@ class Plan:
         start, cut, prefix = space + ":", len(space), f"{self._base}:{{.{space}}}"
         lasting = packed_header(batch.version, 0)
         for op in batch.ops:
-            key, expect, type_ = op.key, op.expect, type(op)
+            key, expect = op.key, op.expect
             if not key.startswith(start) and (space or ":" in key):
                 first = batch.ops[0].key
                 raise Unsupported("a batch across namespaces", f"{first!r} and {key!r} cannot be written together")
             if not key.isascii():
                 key.encode()
-            if expect is not None and expect is not ABSENT and len(expect) != 8:
-                raise BadRequest(f"the version expected at {key!r} has {len(expect)} bytes instead of 8")
-            if type_ is Check:
-                steps += self._check(key, expect)
-                continue
-            if type_ is Put:
+            if type(op) is Put:
                 value, expires_at = op.value, op.expires_at
                 if len(value) > MAX_VALUE_BYTES:
                     raise ValueTooLarge(key, len(value), MAX_VALUE_BYTES)
-                if expires_at is None:
-                    header = lasting
+                header = lasting if expires_at is None else self._expiring(batch.version, expires_at)
+                if expect is None:
+                    kind = _PUT
+                elif type(expect) is bytes:
+                    kind = _PUT_OVER
+                    self._expect(kind, key, expect)
                 else:
-                    header = packed_header(batch.version, milliseconds(expires_at))
-                    self._flags |= _EXPIRES
-                kind = _PUT if expect is None else _PUT_NEW if expect is ABSENT else _PUT_OVER
+                    kind = _PUT_NEW
                 values[kind].append(header + value)
+            elif type(op) is Check:
+                known = self._checks.get(key)
+                steps += known[1] if known is not None and known[0] == expect else self._check(key, op.expect)
+                continue
+            elif type(expect) is bytes:
+                kind = _DELETE_VERSION
+                self._expect(kind, key, expect)
             else:
-                kind = _DELETE if expect is None else _DELETE_VERSION
-            if kind in _OF_VERSIONS:
-                self._versions[kind].append(expect)
+                kind = _DELETE
             names[kind].append(prefix + key[cut:])
             steps.append(kind)
 
+    def _expiring(self, version: bytes, expires_at: float) -> bytes:
+        header = packed_header(version, milliseconds(expires_at))
+        self._flags |= _EXPIRES
+        return header
+
+    def _expect(self, kind: int, key: str, version: bytes) -> None:
+        if len(version) != 8:
+            raise BadRequest(f"the version expected at {key!r} has {len(version)} bytes instead of 8")
+        self._versions[kind].append(version)
+
     def _check(self, key: str, expect: Expect) -> bytes:
-        """The step of a check, which is one for all batches that check the same."""
-        known = self._checks.get(key)
-        if known is None or known[0] != expect:
-            kind = _CHECK_ABSENT if expect is ABSENT else _CHECK_VERSION
-            known = self._checks[key] = expect, bytes((kind,)) + len(self._names[kind]).to_bytes(3, "big")
-            self._names[kind].append(f"{self._base}:{{.{self._space}}}{key[len(self._space) :]}")
-            if expect is not ABSENT:
-                self._versions[kind].append(expect)
-        return known[1]
+        """The step of a new check; others that check the same share it."""
+        kind = _CHECK_ABSENT
+        if type(expect) is bytes:
+            kind = _CHECK_VERSION
+            self._expect(kind, key, expect)
+        step = bytes((kind,)) + len(self._names[kind]).to_bytes(3, "big")
+        self._names[kind].append(f"{self._base}:{{.{self._space}}}{key[len(self._space) :]}")
+        self._checks[key] = expect, step
+        return step
 
     def _take_back(self, before: int) -> None:
         """Forget the steps from ``before`` on; what they check stays, for others."""

@@ -448,6 +448,7 @@ def _crc(key: str, payload: bytes, codec: int, schema: int) -> int:
     return crc32(payload, crc32(key.encode(), _seed(codec, schema)))
 
 
+@lru_cache(16)
 def _head(codec: int, schema: int) -> bytes:
     head = bytearray((codec,))
     while schema > 0x7F:

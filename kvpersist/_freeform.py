@@ -136,7 +136,10 @@ def _free_dict(value: dict[Any, Any], depth: int, free: Free) -> dict[str, Any]:
         for key, item in value.items():
             if type(key) is not str:
                 break
-            if type(item) not in _ATOMS and (kept := free(item, depth + 1)) is not item:
+            kind = type(item)  # pyright: ignore[reportUnknownVariableType]
+            if kind in _ATOMS or (kind is int and _INT_MIN <= item < _INT_END):
+                continue
+            if (kept := free(item, depth + 1)) is not item:
                 if changed is value:
                     changed = value.copy()
                 changed[key] = kept

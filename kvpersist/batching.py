@@ -1,35 +1,25 @@
 """Coalescing: concurrent calls share round trips, and every call ends by its deadline.
 
-Two parked lanes per stack, reads and writes, each with one call in flight and no timer that delays
-anything: what arrives while a call is in flight goes into the next one.
+Two lanes per stack, reads and writes; where neither is wanted, the driver is called at once.
 """
 
 from __future__ import annotations
 
 import asyncio
-import copy
 import time
 import types
-from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from time import perf_counter
-from typing import Any, Final, Generic, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-import msgspec
-
-from kvpersist.driver import Batch, Capabilities, Committed, Driver, Entry
-from kvpersist.errors import CommitUnknown, DeadlineExceeded, KvError, StoreClosed
+from kvpersist.driver import Batch, Capabilities, Check, Committed, Driver, Entry
+from kvpersist.errors import CommitUnknown, DeadlineExceeded, KvError
+from kvpersist.lane import Lane
 from kvpersist.metrics import Counters
 
-__all__ = ["Batched", "own_instance"]
+__all__ = ["Batched"]
 
-_MAX_OPERATIONS: Final = 512  # of one drain
-_MAX_BYTES: Final = 1 << 20  # of one drain
-_GRACE: Final = 0.5  # seconds a cancelled driver call gets to end before it is abandoned
-
-_Work = TypeVar("_Work")
 _Answer = TypeVar("_Answer")
-_Error = TypeVar("_Error", bound=BaseException)
 
 
 class Batched:
@@ -50,8 +40,21 @@ class Batched:
         self._timeout = timeout
         coalesce = self.capabilities.coalesce
         settles = self.capabilities.cancel_settles
-        self._reads = _Lane("get", self._get_merged, timeout, settles) if coalesce == "both" else None
-        self._writes = _Lane("commit", self._commit_merged, timeout, settles) if coalesce != "none" else None
+        overlap = self.capabilities.overlap
+        self._reads = self._writes = None
+        if coalesce == "both":
+            self._reads = Lane(
+                "get", self._get_merged, timeout=timeout, settles=settles, flights=1 + (overlap == "both")
+            )
+        if coalesce != "none":
+            self._writes = Lane(
+                "commit",
+                self._commit_merged,
+                timeout=timeout,
+                settles=settles,
+                flights=1 + (overlap != "none"),
+                apart=_apart,
+            )
 
     def get(self, keys: Sequence[str]) -> Awaitable[list[Entry | None]]:
         """As `Driver.get`; to be awaited at once. Not a coroutine of its own: this is the hot path."""
@@ -190,205 +193,10 @@ class Batched:
             raise DeadlineExceeded(operation, seconds) from error
 
 
-class _Call(msgspec.Struct, Generic[_Work, _Answer], gc=False):
-    work: _Work
-    operations: int
-    size: int  # bytes of the values
-    answer: asyncio.Future[_Answer]
-    deadline: float
-
-
-class _Lane(Generic[_Work, _Answer]):
-    """Calls in their order, one drain in flight. Belongs to the loop of its first call."""
-
-    def __init__(
-        self,
-        operation: str,
-        run: Callable[[list[_Work]], Awaitable[Sequence[_Answer | KvError]]],
-        timeout: float | None,
-        settles: bool,
-    ) -> None:
-        self._operation = operation
-        self._run = run
-        self._timeout = timeout
-        self._settles = settles
-        self._waiting: deque[_Call[_Work, _Answer]] = deque()
-        self._operations = self._size = 0  # of what is waiting
-        self._flying: list[_Call[_Work, _Answer]] = []
-        self._cancelled = False  # the flight was cancelled because all of its calls are overdue
-        self._closed = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._worker: asyncio.Task[None] | None = None
-        self._parked: asyncio.Future[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-
-    def submit(self, work: _Work, operations: int, size: int) -> asyncio.Future[_Answer]:
-        loop = self._loop
-        if loop is None:
-            loop = self._loop = asyncio.get_running_loop()
-        deadline = 0.0 if self._timeout is None else loop.time() + self._timeout
-        if self._closed:
-            raise StoreClosed("the store was closed: open it again")
-        answer: asyncio.Future[_Answer] = loop.create_future()
-        self._waiting.append(_Call(work, operations, size, answer, deadline))
-        self._operations += operations
-        self._size += size
-        if self._parked is not None:
-            if not self._parked.done():
-                self._parked.set_result(None)
-        elif self._worker is None:
-            self._start()
-        if self._timer is None and self._timeout is not None:
-            self._timer = loop.call_at(deadline, self._tick)
-        return answer
-
-    async def close(self) -> None:
-        """Answer what was submitted, within the deadline, then refuse everything."""
-        self._closed = True
-        left = [call.answer for call in (*self._flying, *self._waiting) if not call.answer.done()]
-        if left:
-            await asyncio.wait(left, timeout=self._timeout)
-        worker, self._worker = self._worker, None
-        if self._timer is not None:
-            self._timer.cancel()
-        if worker is not None:
-            worker.cancel()
-            await asyncio.wait([worker], timeout=_GRACE)
-        _fail(self._flying, self._lost("the store was closed", settled=False))
-        _fail(self._waiting, self._late())
-
-    async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
-        me = asyncio.current_task()
-        assert me is not None
-        while True:
-            if not self._waiting:
-                self._parked = loop.create_future()
-                try:
-                    await self._parked
-                finally:
-                    self._parked = None
-            calls = self._take()
-            if not calls:
-                continue
-            self._flying, self._cancelled = calls, False
-            try:
-                answers = await self._run([call.work for call in calls])
-            except asyncio.CancelledError:
-                if self._cancelled:
-                    me.uncancel()
-                    _fail(calls, self._lost(f"no answer in {self._timeout:g} s", self._settles))
-                else:  # the lane is closing, or the driver cancelled its own call
-                    _fail(calls, self._lost("the call was cancelled", settled=False))
-                    if me.cancelling():
-                        raise
-            except Exception as error:  # noqa: BLE001  # whatever a driver raises belongs to these callers, not to the lane
-                _fail(calls, error)
-            else:
-                for call, answer in zip(calls, answers, strict=True):
-                    if call.answer.done():
-                        continue
-                    if type(answer) is list:
-                        call.answer.set_result(cast(_Answer, answer))
-                    else:
-                        _fail([call], cast(KvError, answer))
-            if self._worker is not me:  # abandoned: another worker serves the lane
-                return
-            self._flying = []
-
-    def _take(self) -> list[_Call[_Work, _Answer]]:
-        """Take whole calls, at least one, up to the limits of a drain; cancelled ones are dropped."""
-        waiting = self._waiting
-        if self._operations <= _MAX_OPERATIONS and self._size <= _MAX_BYTES:
-            calls = [call for call in waiting if not call.answer.done()]
-            waiting.clear()
-            self._operations = self._size = 0
-            return calls
-        calls: list[_Call[_Work, _Answer]] = []
-        operations = size = 0
-        while waiting:
-            call = waiting[0]
-            if not call.answer.done():
-                operations += call.operations
-                size += call.size
-                if calls and (operations > _MAX_OPERATIONS or size > _MAX_BYTES):
-                    break
-                calls.append(call)
-            self._pop()
-        return calls
-
-    def _pop(self) -> _Call[_Work, _Answer]:
-        call = self._waiting.popleft()
-        self._operations -= call.operations
-        self._size -= call.size
-        return call
-
-    def _tick(self) -> None:
-        """Fail what is overdue; the lane's only timer."""
-        loop = asyncio.get_running_loop()
-        now = loop.time()
-        while self._waiting and (self._waiting[0].deadline <= now or self._waiting[0].answer.done()):
-            _fail([self._pop()], self._late())
-        if self._flying and self._cancelled:
-            self._abandon()
-        elif self._flying and self._flying[-1].deadline <= now:  # the youngest, so all of them
-            self._cancelled = True
-            assert self._worker is not None
-            self._worker.cancel()
-            self._timer = loop.call_later(_GRACE, self._tick)
-            return
-        else:
-            _fail(
-                [call for call in self._flying if call.deadline <= now],
-                self._lost(f"no answer in {self._timeout:g} s", settled=False),
-            )
-        due = [call.deadline for call in self._flying if not call.answer.done()]
-        due += [self._waiting[0].deadline] if self._waiting else []
-        self._timer = loop.call_at(min(due), self._tick) if due else None
-        if self._timer is None and self._flying:
-            self._timer = loop.call_at(self._flying[-1].deadline, self._tick)
-
-    def _abandon(self) -> None:
-        """Leave a driver call that ignores its cancellation to itself, and serve the lane anew."""
-        _fail(self._flying, self._lost("the driver does not answer", settled=False))
-        self._flying, self._cancelled = [], False
-        self._start()
-
-    def _start(self) -> None:
-        self._worker = asyncio.get_running_loop().create_task(self._serve())
-        self._worker.add_done_callback(self._ended)
-
-    def _ended(self, worker: asyncio.Task[None]) -> None:
-        """Somebody cancelled the worker, e.g. all tasks of the loop: the next call starts another."""
-        if worker is self._worker:
-            _fail(self._flying, self._lost("its task was ended", settled=False))
-            self._worker, self._flying = None, []
-            if any(not call.answer.done() for call in self._waiting):
-                self._start()
-
-    def _late(self) -> Exception:
-        return DeadlineExceeded(self._operation, self._timeout or 0)
-
-    def _lost(self, reason: str, settled: bool) -> Exception:
-        return CommitUnknown((), reason, settled) if self._operation == "commit" else self._late()
-
-
-def own_instance(error: _Error) -> _Error:
-    """Return a copy for one of several callers: a traceback grows where an exception is raised.
-
-    An exception of somebody else's may refuse to be copied; it is shared.
-    """
-    if not isinstance(error, KvError):
-        return error
-    own = copy.copy(error)
-    own.__cause__ = error.__cause__
-    return own
-
-
-def _fail(calls: Iterable[_Call[Any, Any]], error: Exception) -> None:
-    for call in calls:
-        if not call.answer.done():
-            call.answer.set_exception(own_instance(error))
+def _apart(flying: list[Sequence[Batch]]) -> Callable[[Sequence[Batch]], bool]:
+    """Return what tells whether batches use none of the keys that ``flying`` writes."""
+    written = {op.key for batches in flying for batch in batches for op in batch.ops if type(op) is not Check}
+    return lambda batches: written.isdisjoint([op.key for batch in batches for op in batch.ops])
 
 
 @types.coroutine

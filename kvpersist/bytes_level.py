@@ -286,12 +286,12 @@ class BytesLevel:
             self._hub = Hub(self)
         return self._hub
 
-    def _waker(self, wanted: str | Sequence[str], interval: float = 0.25) -> Waker:
+    def _waker(self, wanted: str | Sequence[str] | Scope, interval: float = 0.25) -> Waker:
         """Tell a reader when something below a prefix, or at some keys, may have changed, here or in another process.
 
         ``interval``: seconds between wake-ups where the backend tells nothing.
         """
-        return self._changes().waker(Scope.of(wanted), interval)
+        return self._changes().waker(wanted if isinstance(wanted, Scope) else Scope.of(wanted), interval)
 
     async def _own(self, namespace: str) -> None:
         """Note in the format record that a repository owns ``namespace``."""

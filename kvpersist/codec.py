@@ -242,7 +242,11 @@ class RecordCodec(Generic[R]):
             raise refused.public() from None
         self._codec = JSON if codec == "json" else MSGPACK
         self._write = self._formats[self._codec].write
-        # The hot paths' own copies: records of this version in MessagePack.
+        # The hot paths' own copies: records of this version.
+        self._text_read = self._formats[JSON].read
+        self._text_head = b"kv1 json %d " % version
+        self._text_start = len(self._text_head) + 9
+        self._text_seed = _seed(JSON, version)
         self._packed_read = packed.read
         self._packed_head = _head(MSGPACK, version)
         self._packed_start = len(self._packed_head) + 4
@@ -279,6 +283,14 @@ class RecordCodec(Generic[R]):
             if crc32(payload, crc32(key.encode(), self._packed_seed)) == int.from_bytes(data[start - 4 : start], "big"):
                 try:
                     return self._packed_read(payload)
+                except _REFUSALS as error:
+                    raise CorruptRecord(key, str(error)) from error
+        elif data.startswith(self._text_head):
+            payload = data[self._text_start :]
+            crc = crc32(payload, crc32(key.encode(), self._text_seed))
+            if data.startswith(b"%08x\n" % crc, self._text_start - 9):
+                try:
+                    return self._text_read(payload)
                 except _REFUSALS as error:
                     raise CorruptRecord(key, str(error)) from error
         return self._decode(key, unframe(key, data))
@@ -395,6 +407,7 @@ class _Text:
         self._shape = Shapes(json=True).of(info)
         self._packed = packed
         self._read: Callable[[bytes], Any] = msgspec.json.Decoder(type_).decode
+        self.read: Callable[[bytes], Any] = self._read if self._shape is None else self._shaped
         self.raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
         self.raw_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
         self.join = _json_text
@@ -415,9 +428,9 @@ class _Text:
             _compare(kept, found)
         return payload
 
-    def read(self, payload: bytes) -> Any:
-        record = self._read(payload)
-        return record if self._shape is None else self._shape.read(record)
+    def _shaped(self, payload: bytes) -> Any:
+        assert self._shape is not None
+        return self._shape.read(self._read(payload))
 
     def plain(self, payload: bytes) -> Any:
         return untag(_JSON_DECODE(payload))
@@ -435,6 +448,7 @@ def _crc(key: str, payload: bytes, codec: int, schema: int) -> int:
     return crc32(payload, crc32(key.encode(), _seed(codec, schema)))
 
 
+@lru_cache(16)
 def _head(codec: int, schema: int) -> bytes:
     head = bytearray((codec,))
     while schema > 0x7F:

@@ -152,6 +152,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         conditional: Put and Check honour ``expect``. conditional_delete: Delete does too.
         ordered: scan answers in key order. reverse: also backwards. deref: scan follows index entries.
         coalesce: which concurrent calls gain from being merged into one.
+        overlap: which merged calls are two in flight at a time, where a second one waits; commits never
+            with a key that the other one writes. It gains where the backend works in another process.
         ttl: "native": the backend removes expired entries; "swept": `Compacts.compact` does.
         watch: how changes become known, None where they do not.
         durable: an acknowledged write survives the machine's death, not only the process's.
@@ -169,6 +171,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     reverse: bool = False
     deref: bool = False
     coalesce: Literal["none", "writes", "both"] = "none"
+    overlap: Literal["none", "writes", "both"] = "none"
     ttl: Literal["native", "swept"] = "swept"
     watch: Literal["push", "poll", "local"] | None = None
     durable: bool = False

@@ -14,9 +14,9 @@ from typing import Any, Final, Generic, TypeVar, cast
 
 import msgspec
 
-from kvpersist.batching import own_instance
 from kvpersist.driver import Op
 from kvpersist.errors import Conflict, DeadlineExceeded, KvError, StoreClosed
+from kvpersist.lane import own_instance
 from kvpersist.store import Store
 
 __all__ = ["Built", "Funnel"]
@@ -107,6 +107,7 @@ class Funnel(Generic[S, I, O]):
         load: Callable[[str], Awaitable[S]],
         build: Callable[[str, S, list[I]], Awaitable[Built[S, O]]],
         *,
+        at_once: Callable[[str, S, list[I]], Built[S, O] | None] | None = None,
         lost: Callable[[str, Built[S, O], Conflict], Awaitable[tuple[int, KvError] | None]] | None = None,
         partly: Callable[[str, Built[S, O], Sequence[I], Conflict], None] | None = None,
         stand: Callable[[str, Built[S, O], Sequence[I]], Awaitable[bool]] | None = None,
@@ -119,6 +120,7 @@ class Funnel(Generic[S, I, O]):
         Args:
             load: reads the state of a parent; what it raises fails the items of the round.
             build: makes one batch of some items; it may read. It must not change the state it is given.
+            at_once: does what ``build`` does for items that need no reading; None: they do.
             lost: is told of a conflict before the round is built again; it may name the item (by position)
                 that the conflict belongs to, and the error this item fails with.
             partly: without atomic batches, is told which items a conflict cut in two, after some operations
@@ -130,6 +132,7 @@ class Funnel(Generic[S, I, O]):
         self._store = store
         self._load = load
         self._build = build
+        self._at_once = at_once
         self._lost = lost
         self._partly = partly
         self._stand = stand
@@ -138,6 +141,7 @@ class Funnel(Generic[S, I, O]):
         self._max_idle = max_idle
         self._what = what
         self._atomic = store.capabilities.atomic_batch != "none"
+        self._is_simple = self._atomic and at_once is not None and lost is None  # most calls are one commit
         self._lanes: OrderedDict[str, _Lane[S, I, O]] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -159,12 +163,28 @@ class Funnel(Generic[S, I, O]):
             future: asyncio.Future[O] = loop.create_future()
             lane.waiting.append(_Call(item, loop.time(), future))
             return await future
-        call: _Call[I, O] = _Call(item, loop.time(), None)
+        began = loop.time()
         lane.busy = True
         try:
+            state = lane.state
+            if state is not None and self._is_simple and lane.polite_until <= began:
+                built = cast("Callable[..., Built[S, O] | None]", self._at_once)(parent, state, [item])
+                if built is not None and built.ops:
+                    lane.state = None  # until it is known what is stored now
+                    try:
+                        version = await self._store._commit(built.ops)
+                    except Conflict:
+                        await self._lost_to_another(lane, 0, loop.time() - began)
+                    else:
+                        lane.state = built.after(version)
+                        return cast("O", built.results[0])
+            call: _Call[I, O] = _Call(item, began, None)
             await self._round(parent, lane, [call])
         finally:
-            self._hand_over(parent, lane)
+            if lane.waiting:
+                self._hand_over(parent, lane)
+            else:
+                lane.busy = False
         answer = call.answer
         if isinstance(answer, BaseException):
             raise answer
@@ -197,9 +217,6 @@ class Funnel(Generic[S, I, O]):
 
     def _hand_over(self, parent: str, lane: _Lane[S, I, O]) -> None:
         """The leader is done: whoever came meanwhile is served by a task, so that it need not wait for them."""
-        if not lane.waiting:
-            lane.busy = False
-            return
         task = asyncio.get_running_loop().create_task(self._drain(parent, lane))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -253,7 +270,10 @@ class Funnel(Generic[S, I, O]):
                 state = lane.state
                 if state is None:
                     state = lane.state = await self._load(parent)
-                built = await self._build(parent, state, [call.item for call in calls])
+                items = [call.item for call in calls]
+                built = None if self._at_once is None else self._at_once(parent, state, items)
+                if built is None:
+                    built = await self._build(parent, state, items)
                 if built.ops:
                     version = await self._store._commit(built.ops)
                     lane.state = built.after(version)
@@ -271,9 +291,7 @@ class Funnel(Generic[S, I, O]):
                 else:
                     if built is not None and self._partly is not None and conflict.position > 0:
                         self._partly(parent, built, [call.item for call in calls], conflict)
-                    took = loop.time() - began
-                    lane.polite_until, lane.scale = loop.time() + _POLITE, min(took, _LONGEST)
-                    await _give_way(attempt, took)
+                    await self._lost_to_another(lane, attempt, loop.time() - began)
                     attempt += 1
                     calls[:] = self._in_time(calls)
                     continue
@@ -284,6 +302,10 @@ class Funnel(Generic[S, I, O]):
             for call, answer in zip(calls, built.results, strict=True):
                 call.settle(answer)
             return
+
+    async def _lost_to_another(self, lane: _Lane[S, I, O], attempt: int, took: float) -> None:
+        lane.polite_until, lane.scale = asyncio.get_running_loop().time() + _POLITE, min(took, _LONGEST)
+        await _give_way(attempt, took)
 
     def _stands(self, built: Built[S, O], conflict: Conflict) -> bool:
         return not self._atomic and built.stands is not None and conflict.position >= built.stands
@@ -298,14 +320,15 @@ class Funnel(Generic[S, I, O]):
             try:
                 state = await self._load(parent)
                 built = await self._build(parent, state, list(amends))
-                version = await self._store._commit(built.ops)
+                if built.ops:
+                    state = built.after(await self._store._commit(built.ops))
             except Conflict:
                 await _give_way(attempt, loop.time() - began)
                 attempt += 1
             except KvError:  # the items are stored, which is what their callers asked for
                 return
             else:
-                lane.state = built.after(version)
+                lane.state = state
                 return
 
     def _in_time(self, calls: list[_Call[I, O]]) -> list[_Call[I, O]]:

@@ -20,7 +20,7 @@ import msgspec
 
 from kvpersist import keys
 from kvpersist.codec import JSON, MSGPACK, RecordCodec, frame
-from kvpersist.driver import ABSENT, Delete, Entry, Expect, Op, Put
+from kvpersist.driver import ABSENT, Check, Delete, Entry, Expect, Op, Put
 from kvpersist.errors import BadRequest, CommitUnknown, Conflict, KvError, Unsupported
 from kvpersist.funnel import Built, Funnel
 from kvpersist.store import Store
@@ -147,6 +147,7 @@ class Log(Generic[R]):
             store,
             self._load,
             self._build,
+            at_once=self._appended,
             partly=None if self._atomic else self._partly,
             stand=None if self._atomic else self._stand,
             weigh=_weight,
@@ -293,8 +294,21 @@ class Log(Generic[R]):
                 tail = self._tail_after(tail, missed)
         return LogState(last, count, ABSENT if entry is None else entry.version, prefix, key, stat.first, tail)
 
-    async def _build(self, parent: str, state: LogState, items: list[Any]) -> Built[LogState, Any]:
+    def _appended(self, parent: str, state: LogState, items: list[Any]) -> Built[LogState, Any] | None:
+        """As `_build`, where something is appended and nothing else."""
         last, count, expect, prefix, stat_key, first, tail = state
+        ops: list[Op] = []
+        results: list[Any] = []
+        for item in items:
+            if type(item) is not _Append:
+                return None
+            known = last
+            last, tail = self._append(parent, prefix, item, ops, results, last, tail)
+            count += last - known
+        return self._built(state, LogState(last, count, expect, prefix, stat_key, first, tail), ops, results, ())
+
+    async def _build(self, parent: str, state: LogState, items: list[Any]) -> Built[LogState, Any]:
+        last, count, _, prefix, _, first, tail = state
         ops: list[Op] = []
         results: list[Any] = []
         amends: list[_Lower | _Trim] = []
@@ -325,26 +339,47 @@ class Log(Generic[R]):
                     amends.append(item)
                 results.append(first)
             else:
-                left = item.left
-                try:
-                    puts, tail = self._puts(parent, prefix, last, left, tail)
-                except KvError as error:
-                    results.append(error)
-                    continue
-                numbers = range(last + 1, last + 1 + len(left))
-                results.append([*item.given, *numbers] if item.given else numbers)
-                ops += puts
-                last += len(left)
-                count += len(left)
+                known = last
+                last, tail = self._append(parent, prefix, item, ops, results, last, tail)
+                count += last - known
+        return self._built(state, state._replace(last=last, alive=count, first=first, tail=tail), ops, results, amends)
+
+    def _append(
+        self, parent: str, prefix: str, item: _Append, ops: list[Op], results: list[Any], last: int, tail: Tail
+    ) -> tuple[int, Tail]:
+        """Add what appends ``item`` behind ``last``; return the last number and the tail then."""
+        left = item.left
+        try:
+            puts, tail = self._puts(parent, prefix, last, left, tail)
+        except KvError as error:
+            results.append(error)
+            return last, tail
+        numbers = range(last + 1, last + 1 + len(left))
+        results.append([*item.given, *numbers] if item.given else numbers)
+        ops += puts
+        return last + len(left), tail
+
+    def _built(
+        self, before: LogState, after: LogState, ops: list[Op], results: list[Any], amends: Sequence[Any]
+    ) -> Built[LogState, Any]:
         stands = len(ops)
-        if ops or count != state.alive or first != state.first:
-            stat = frame(stat_key, self._pack(_Stat(last, count, first, tail)), self._format, 1)
-            ops.append(Put(stat_key, stat, expect))
+        if self._is_found_again(before, after):
+            if ops:
+                ops.append(Check(after.stat_key, after.expect))
+            return Built(ops, lambda _: after, results, stands, amends)
+        if not ops and after == before:
+            return Built(ops, lambda _: after, results, stands, amends)
+        ops.append(self._stat_put(after))
+        return Built(ops, lambda version: after._replace(expect=version), results, stands, amends)
 
-        def after(version: bytes) -> LogState:
-            return LogState(last, count, version, prefix, stat_key, first, tail)
+    def _stat_put(self, state: LogState) -> Put:
+        """Write what is known of a parent, unless somebody else has."""
+        stat = _Stat(state.last, state.alive, state.first, state.tail)
+        return Put(state.stat_key, frame(state.stat_key, self._pack(stat), self._format, 1), state.expect)
 
-        return Built(ops, after, results, stands, amends)
+    def _is_found_again(self, before: LogState, after: LogState) -> bool:
+        """Whether the items alone tell what has changed since the stat was written."""
+        return False
 
     def _partly(self, parent: str, built: Built[LogState, Any], asked: Sequence[Any], conflict: Conflict) -> None:
         """Without atomic batches: keep what was appended before another writer came in between."""

@@ -25,7 +25,7 @@ from typing import ClassVar, Final, Self
 
 from msgspec import Struct
 
-from kvpersist.driver import ABSENT, Batch, Capabilities, Check, Clock, Committed, Entry, Put
+from kvpersist.driver import ABSENT, Batch, Capabilities, Check, Clock, Committed, Delete, Entry, Put
 from kvpersist.errors import Conflict, KvError, StoreClosed
 
 __all__ = ["MemoryDriver", "MemoryOptions"]
@@ -104,6 +104,8 @@ class MemoryDriver:
                         self._space.tell((key,))
                     return [Committed(version)]
         with self._lock:
+            if len(batches) == 1:
+                return [self._apply(batches[0])]
             return [self._apply(batch) for batch in batches]
 
     async def scan(
@@ -186,13 +188,15 @@ class MemoryDriver:
                 entry = entries.get(op.key)
                 if entry is not None and entry.expires_at is not None:
                     entry = _live(entry, self.clock())
-                found = ABSENT if entry is None else entry.version
-                if found != expect:
-                    return Conflict(op.key, expect, found, position)
+                if entry is None:
+                    if expect is not ABSENT:
+                        return Conflict(op.key, expect, ABSENT, position)
+                elif entry.version != expect:
+                    return Conflict(op.key, expect, entry.version, position)
         space = self._space
         for op in batch.ops:
             key = op.key
-            if isinstance(op, Put):
+            if type(op) is Put:
                 expires_at = op.expires_at
                 if expires_at is not None:
                     if expires_at <= self.clock():
@@ -202,7 +206,7 @@ class MemoryDriver:
                 if key not in entries:
                     space.added(key)
                 entries[key] = Entry(key, op.value, version, expires_at)
-            elif not isinstance(op, Check):
+            elif type(op) is Delete:
                 space.remove(key)
         if space.watchers:  # now that they would see it
             space.tell([op.key for op in batch.ops if not isinstance(op, Check)])

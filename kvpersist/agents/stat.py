@@ -32,7 +32,7 @@ _COUNTED: Final = ("completed", "failed", "approval_required", "approved", "exec
 """The states counted behind the calls themselves, in their stored order: it may only grow. What is left is pending."""
 
 _PLACES: Final = {state: place for place, state in enumerate(_COUNTED, 1)}
-_LEAST: Final = 3  # numbers stored of a tool: calls, completed, failed; further ones only where they are not 0
+_NONE: Final = (0, 0, 0)  # calls, completed, failed: stored of every tool; further numbers only where they are not 0
 
 
 class Stat(msgspec.Struct, omit_defaults=True):
@@ -43,6 +43,8 @@ class Stat(msgspec.Struct, omit_defaults=True):
         open: calls that wait for an answer. settled: those with an outcome already, set by hand.
         unsure: it was begun to rewrite the session without atomic batches: its counts are to be made anew.
         until: who began that may still be at it, up to this time in seconds since 1970.
+        rewritten: how often the session was rewritten without atomic batches, or counted anew. Who began to write
+            at another number may have written what nobody counted, or what answers a message that is gone.
     """
 
     updated_at: datetime
@@ -55,6 +57,7 @@ class Stat(msgspec.Struct, omit_defaults=True):
     settled: list[Waiting] = []
     unsure: bool = False
     until: float = 0.0
+    rewritten: int = 0
 
     def public(self) -> SessionStat:
         """Return it in the form that users get."""
@@ -123,27 +126,32 @@ class Draft:
 
     def count(self, before: ToolCall | None, after: ToolCall | None) -> None:
         """Count a call that was made, changed or removed, and remember it while it waits for an answer."""
-        for call, by in ((before, -1), (after, 1)):
-            if call is not None:
-                counts = list(self.tools.get(call.name, ()))
-                counts += [0] * (len(_COUNTED) + 1 - len(counts))
-                counts[0] += by
-                if place := _PLACES.get(call.state):
-                    counts[place] += by
-                while len(counts) > _LEAST and not counts[-1]:
-                    counts.pop()
-                if counts[0]:
-                    self.tools[call.name] = tuple(counts)
-                else:
-                    self.tools.pop(call.name, None)
         if before is not None:
+            self._tally(before, -1)
             self.forget((before.call_id, before.number, before.position))
-        if after is not None and after.result_number is None:
+        if after is not None:
+            self._tally(after, 1)
+            if after.result_number is not None:
+                return
             waiting = (after.call_id, after.number, after.position)
             if after.state not in ("completed", "failed"):
                 _enter(self.open, waiting)
             elif after.audit:  # set by hand: a message may still tell the same
                 _enter(self.settled, waiting)
+
+    def _tally(self, call: ToolCall, by: int) -> None:
+        counts = [*self.tools.get(call.name, _NONE)]
+        counts[0] += by
+        if place := _PLACES.get(call.state):
+            while place >= len(counts):
+                counts.append(0)
+            counts[place] += by
+        while not counts[-1] and len(counts) > len(_NONE):
+            counts.pop()
+        if counts[0]:
+            self.tools[call.name] = tuple(counts)
+        else:
+            self.tools.pop(call.name, None)
 
     def forget(self, waiting: Waiting) -> None:
         """The call waits for no answer any more."""
@@ -154,7 +162,7 @@ class Draft:
     def asked(self, call_id: str, before: int) -> Waiting | None:
         """Find the latest call of this id that still waits and was asked for by a message below ``before``."""
         found = [each for each in (*self.open, *self.settled) if each[0] == call_id and each[1] < before]
-        return max(found, key=_place, default=None)
+        return max(found, key=_place) if len(found) > 1 else found[0] if found else None
 
     def done(self, indexed_at: datetime | None) -> Stat:
         """Return the stat to be stored."""

@@ -31,22 +31,20 @@ class Router:
         if listener in self.listeners:
             return
         self.listeners[listener] = scope
-        if scope.keys is None:
-            self._below.setdefault(scope.prefix, []).append(listener)
-            self._lengths = sorted({len(prefix) for prefix in self._below})
-        else:
-            for key in scope.keys:
-                self._exact.setdefault(key, []).append(listener)
+        for table, texts in ((self._below, scope.below), (self._exact, scope.keys or ())):
+            for text in texts:
+                table.setdefault(text, []).append(listener)
+        self._lengths = sorted({len(prefix) for prefix in self._below})
 
     def remove(self, listener: Any) -> None:
         scope = self.listeners.pop(listener, None)
         if scope is None:
             return
-        table = self._below if scope.keys is None else self._exact
-        for text in (scope.prefix,) if scope.keys is None else scope.keys:
-            table[text].remove(listener)
-            if not table[text]:
-                del table[text]
+        for table, texts in ((self._below, scope.below), (self._exact, scope.keys or ())):
+            for text in texts:
+                table[text].remove(listener)
+                if not table[text]:
+                    del table[text]
         self._lengths = sorted({len(prefix) for prefix in self._below})
 
     def route(self, changed: Iterable[str]) -> dict[Any, list[str]]:

@@ -23,10 +23,15 @@ class Change(msgspec.Struct, frozen=True):
 
 
 class Scope(msgspec.Struct, frozen=True):
-    """What is watched: everything below a prefix, or some keys."""
+    """What is watched: everything below a prefix, or some keys; of a waker also both."""
 
     prefix: str = ""
     keys: tuple[str, ...] | None = None
+
+    @property
+    def below(self) -> tuple[str, ...]:
+        """The prefix, where one is meant."""
+        return (self.prefix,) if self.prefix or self.keys is None else ()
 
     @classmethod
     def of(cls, wanted: str | Sequence[str]) -> Self:
@@ -39,5 +44,4 @@ class Scope(msgspec.Struct, frozen=True):
 
     def namespaces(self) -> set[str]:
         """The prefixes to be asked of a driver: whole namespaces, so that watchers can share."""
-        texts = (self.prefix,) if self.keys is None else self.keys
-        return {text[: text.find(":") + 1] for text in texts}
+        return {text[: text.find(":") + 1] for text in (*self.below, *(self.keys or ()))}

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeAlias
 
-from kvpersist.batching import own_instance
+from kvpersist.lane import own_instance
 
 __all__ = ["FIRST_PAUSE", "LONGEST_PAUSE", "Source", "Spawn"]
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Self
 
-from kvpersist.batching import own_instance
 from kvpersist.changes.box import Box
 from kvpersist.changes.hub import Hub
 from kvpersist.changes.scope import Change, Scope
 from kvpersist.errors import BadRequest, DeadlineExceeded, StoreClosed
+from kvpersist.lane import own_instance
 
 __all__ = ["Watch"]
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from kvpersist import keys
 from kvpersist.driver import ABSENT, Delete, Entry, Op, Put
-from kvpersist.errors import BadCursor, BadRequest, Conflict, EventsExpired, KeyTooLong, KvError
+from kvpersist.errors import BadCursor, BadRequest, Conflict, CorruptRecord, EventsExpired, KeyTooLong, KvError
 from kvpersist.events.records import After, EventEntry, NewEvent, as_json, number_of, position_of
 from kvpersist.log import Log, LogState, Numbered, Tail
 from kvpersist.store import Store
@@ -36,11 +36,17 @@ class TopicLog(Log[dict[str, Any]]):
     with ``channel``, ``cursor`` and ``bookmark`` where it has them. The stat's tail is the newest event's
     time, the bytes of the topic up to its end, and whether any event had a cursor or a bookmark.
     Those are found by marks, ``ns:event_mark:<topic>!<kind>!<text>``, whose value is the event's number.
+
+    With atomic batches publishing does not write the stat, it checks that nobody has: the newest event
+    tells what the stat would. It is written when a topic begins, is trimmed, and has its first mark, so
+    that whoever trims or removes a topic stops those who knew it before; put-if-absent of the next
+    number decides between publishers.
     """
 
     def __init__(self, store: Store, namespace: str) -> None:
         super().__init__(store, dict[str, Any], name="event", namespace=namespace)
         self._marks = keys.record_prefix(self._space, "event_mark")
+        self._finds_newest = self._atomic and store.capabilities.reverse
 
     @property
     def space(self) -> str:
@@ -52,11 +58,19 @@ class TopicLog(Log[dict[str, Any]]):
         return self._prefix_of(topic)
 
     def stat_key(self, topic: str) -> str:
-        """Which is written whenever something is published to ``topic``."""
+        """Which says that there is ``topic``."""
         return self._stat_prefix + keys.encode(topic)
 
+    def key_of(self, topic: str, number: int) -> str:
+        """Where the event of this number lies."""
+        return self._prefix_of(topic) + keys.encode(number)
+
+    def emptied(self, state: LogState) -> Put:
+        """Write that no event of a topic counts any more, unless the stat is not that of ``state``."""
+        return self._stat_put(state._replace(first=state.last + 1, alive=0))
+
     async def state(self, topic: str) -> LogState:
-        """What is known of ``topic``: one read."""
+        """What is known of ``topic``: two reads."""
         return await self._load(topic)
 
     async def many(self, topic: str, numbers: Sequence[int]) -> list[dict[str, Any] | None]:
@@ -80,6 +94,8 @@ class TopicLog(Log[dict[str, Any]]):
                 whole += 1
             if whole:
                 return found[:whole], len(found) == limit or whole < len(found)
+            if not found and await self._is_there(topic, after):
+                return [], False
             state = await self._load(topic)
             if after + 1 < state.first:
                 raise expired(topic, after, state.first)
@@ -131,9 +147,59 @@ class TopicLog(Log[dict[str, Any]]):
         return max(cuts)
 
     async def beside(self, topic: str, others: Sequence[str]) -> tuple[LogState, list[Entry | None]]:
-        """The state of ``topic`` and the entries at other keys, in one read."""
+        """The state of ``topic`` and the entries at other keys, read with its stat."""
         stat, *found = await self._store._entries([self._stat_prefix + keys.encode(topic), *others])
         return await self._state_of(topic, stat), found
+
+    async def trim(self, parent: str, *, before: int) -> int:
+        known = self._funnel.cached(parent)
+        if known is not None and known.last + 1 < before:  # others have published since
+            self._funnel.forget(parent)
+        return await super().trim(parent, before=before)
+
+    async def _is_there(self, topic: str, number: int) -> bool:
+        """Whether there is the event of this number and it was not trimmed: one read."""
+        stat, event = await self._store._entries([self.stat_key(topic), self.key_of(topic, number)])
+        return stat is not None and event is not None and number >= self._stats.decode(stat.key, stat.value).first
+
+    async def _state_of(self, parent: str, entry: Entry | None) -> LogState:
+        state = await super()._state_of(parent, entry)
+        while self._finds_newest and state.expect is not ABSENT:
+            found = await self._store._scan(state.prefix, keys.prefix_end(state.prefix), limit=1, reverse=True)
+            for newest in found:
+                last = keys.decode(newest.key[len(state.prefix) :], int)
+                if last >= state.last:
+                    tail = await self._tail_at(state, newest)
+                    return state._replace(last=last, alive=last + 1 - state.first, tail=tail)
+            [again] = await self._store._entries([state.stat_key])  # all were trimmed: by then, or between the reads?
+            if again is not None and again.version == state.expect:
+                break
+            state = await super()._state_of(parent, again)
+        return state
+
+    async def _tail_at(self, state: LogState, newest: Entry) -> Tail:
+        """The tail with the newest event; where that one is damaged, by the last that is not."""
+        try:
+            return self._tail_after(state.tail, newest)
+        except CorruptRecord:
+            damaged = 0
+        for entry in await self._store._scan(state.prefix, newest.key + "\0", limit=_MARKED_PAGE, reverse=True):
+            try:
+                at, size, marked = self._tail_after(state.tail, entry)
+            except CorruptRecord:
+                damaged += len(entry.value)
+            else:
+                return (at, size + damaged, marked)
+        at, size, marked = state.tail
+        return (at, size + damaged, marked)
+
+    def _is_found_again(self, before: LogState, after: LogState) -> bool:
+        return (
+            self._finds_newest
+            and before.expect is not ABSENT
+            and before.first == after.first
+            and before.tail[2:] == after.tail[2:]
+        )
 
     async def _clear_below(self, parent: str, first: int) -> int:
         if (await self._load(parent)).tail[2:] != (1,):
@@ -197,19 +263,23 @@ class TopicLog(Log[dict[str, Any]]):
     def _puts(
         self, parent: str, prefix: str, last: int, items: Sequence[dict[str, Any]], tail: Tail
     ) -> tuple[list[Op], Tail]:
-        encode, number_of = self._codec.encode, keys.encode
         at, size, marked = tail or (0, 0, 0)
         at = max(at, int(self._store.clock() * 1_000_000))  # a clock that steps back does not show
         puts: list[Op] = []
-        marks: dict[str, Op] = {}
-        for number, item in enumerate(items, last + 1):
-            key = prefix + number_of(number)
-            value = encode(key, {"at": at, "from": size, **item})
+        marks: dict[str, Op] | None = None
+        for item in items:
+            last += 1
+            key = prefix + keys.encode(last)
+            value = self._codec.encode(key, {"at": at, "from": size, **item})
             size += len(value)
             puts.append(Put(key, value, ABSENT))
-            for mark in self._marks_of(parent, item) if len(item) > 1 else ():
-                marks[mark] = Put(mark, b"%d" % number)
-        return puts + list(marks.values()), (at, size, 1 if marks else marked)
+            if len(item) > 1:
+                marks = marks or {}
+                marks.update((mark, Put(mark, b"%d" % last)) for mark in self._marks_of(parent, item))
+        if marks:
+            puts += marks.values()
+            marked = 1
+        return puts, (at, size, marked)
 
     def _tail_after(self, tail: Tail, missed: Entry) -> Tail:
         item = self._codec.decode(missed.key, missed.value)

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from kvpersist import codec, keys
+from kvpersist.changes import Scope
 from kvpersist.codec import RecordCodec
 from kvpersist.driver import ABSENT, Delete, Entry, Expect, Op, Put
 from kvpersist.errors import BadCursor, BadRequest, KvError
@@ -161,7 +162,7 @@ class EventGroup:
 
         Each is the consumer's to `ack`, `release` or `extend`; one that is not is handed out again.
         """
-        waker = self._store._waker((self._log.stat_key(self.topic), self._key))
+        waker = self._store._waker(Scope(self._log.wake_prefix(self.topic), (self._key,)))
         try:
             while True:
                 claimed, due = await self._claim(consumer, n)
@@ -192,7 +193,7 @@ class EventGroup:
         return await self._funnel.submit(self._key, _Revive(_number(position), discard=True))
 
     async def stats(self) -> GroupStats:
-        """How many events wait, are handed out, and expired before they were: one read."""
+        """How many events wait, are handed out, and expired before they were: a few reads."""
         log, group, _ = await self._read()
         waiting = log.last - max(group.cursor, log.first - 1)
         return GroupStats(max(0, waiting), len(group.claims), max(0, log.first - 1 - group.cursor))

@@ -126,7 +126,9 @@ class EventQueue:
             CommitUnknown: it may have been published, and readers will see it if it was.
         """
         self._begin()
-        item = item_of(NewEvent(event, channel, cursor, bookmark))
+        item = {"event": event}
+        if channel is not None or cursor is not None or bookmark is not None:
+            item = item_of(NewEvent(event, channel, cursor, bookmark))
         return position_of(await self._log.append(checked(topic, "topic"), item))
 
     async def publish_many(self, topic: str, events: Sequence[Any]) -> list[str]:
@@ -306,7 +308,7 @@ class EventQueue:
         return await self._read(topic, number, limit, _set_of(channels), on_expired)
 
     async def lag(self, consumer: str, topic: str) -> Lag:
-        """How many events wait for ``consumer``, and how many expired before it acknowledged them: two reads."""
+        """How many events wait for ``consumer``, and how many expired before it acknowledged them: a few reads."""
         state = await self._log.state(checked(topic, "topic"))
         number = await self._consumers.number(checked(consumer, "consumer"), topic)
         if number is None:
@@ -373,7 +375,7 @@ class EventQueue:
         return await remove_topic(self.store, self._log, checked(topic, "topic"))
 
     async def stats(self, topic: str) -> TopicStats:
-        """What a topic holds: two reads, whatever its length."""
+        """What a topic holds: a few reads, whatever its length."""
         state = await self._log.state(checked(topic, "topic"))
         if state.last < state.first:
             return TopicStats(None, None, 0, 0, None)

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from kvpersist import keys
-from kvpersist.driver import Check, Delete, Op, Put
+from kvpersist.driver import ABSENT, Check, Delete, Op, Put
 from kvpersist.errors import Conflict, Unavailable
 from kvpersist.events._log import COLLECTIONS, TopicLog
 from kvpersist.store import Store
@@ -49,35 +49,46 @@ async def remove_topic(
     atomic = capabilities.atomic_batch != "none"
     attempt = 0
     while True:
+        state = await log.state(topic)
+        holds = state.last >= state.first
+        existed |= holds
         if not atomic:
-            state = await log.state(topic)
-            existed |= state.last >= state.first
             if ask is not None:
                 await ask()
             await log.trim(topic, before=state.last + 1)  # what is published beside it stands
-        [stat] = await store._entries([stat_key])
+        elif holds:
+            try:
+                await remove([log.emptied(state)])
+            except Conflict as conflict:
+                if conflict.key != stat_key:
+                    raise
+                continue
         for collection in COLLECTIONS if atomic else _BESIDE:
             start = keys.record_prefix(log.space, collection) + part + "!"
-            while page := await store._scan(start, keys.prefix_end(start), limit=size, keys_only=True):
+            end = keys.prefix_end(start) if collection != "event" else log.key_of(topic, state.last + 1)
+            while page := await store._scan(start, end, limit=size, keys_only=True):
                 await remove([Delete(entry.key) for entry in page])
                 existed = True
+        [stat] = await store._entries([stat_key])
         if stat is None or stat.expires_at is not None:
             return existed
-        if atomic:
-            last: Op = Delete(stat_key, stat.version if capabilities.conditional_delete else None)
+        state = await log.state(topic)
+        if state.last >= state.first:  # something was published meanwhile, or what was trimmed could not be noted
+            attempt += 1
+            if attempt == _ATTEMPTS and not atomic:
+                raise Unavailable(f"the topic {topic!r} could not be removed as a whole: try again")
+            await backoff(attempt)
+            continue
+        following = log.key_of(topic, state.last + 1)
+        if atomic:  # nobody has published, and nobody can who knew the topic
+            gone = Delete(stat_key, stat.version if capabilities.conditional_delete else None)
+            last: Sequence[Op] = (Check(following, ABSENT), gone)
         else:
-            state = await log.state(topic)
-            if state.last >= state.first:  # something was published meanwhile, or what was trimmed could not be noted
-                attempt += 1
-                if attempt == _ATTEMPTS:
-                    raise Unavailable(f"the topic {topic!r} could not be removed as a whole: try again")
-                await backoff(attempt)
-                continue
-            last = Put(stat_key, stat.value, stat.version, store.clock() + _LATE)
+            last = (Put(stat_key, stat.value, stat.version, store.clock() + _LATE),)
         try:
-            await remove([last])
+            await remove(last)
         except Conflict as conflict:
-            if conflict.key != stat_key:
+            if conflict.key not in (stat_key, following):
                 raise
             existed = True  # something was published meanwhile: once more
         else:

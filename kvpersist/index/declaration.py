@@ -14,9 +14,10 @@ from typing import Any, Final
 from uuid import UUID
 
 import msgspec
+from msgspec import UNSET
 
 from kvpersist import keys
-from kvpersist.errors import BadKey, BadOption, Unencodable
+from kvpersist.errors import BadKey, BadOption
 from kvpersist.index.fields import KINDS, Part, field_at, getter, returned_kind
 
 __all__ = ["BoundIndex", "Index", "Range", "Spec", "at_least", "at_most", "between", "bind"]
@@ -166,28 +167,21 @@ class BoundIndex:
         asked = ", ".join(part.label for part in self.parts[: self.fields]) or "everything"
         return f"{self.name}({asked}{f'; by {self.spec.order}' if self.spec.order else ''})"
 
-    def values(self, record: Any) -> tuple[str, ...]:
-        """Return the encoded, joined parts of ``record``, one per entry it has in this index.
+    def keys(self, record: Any, prefix: str, tail: str) -> list[str]:
+        """Return ``prefix``, the encoded, joined parts of ``record``, and ``tail``: one per entry it has in this index.
 
         Raises:
             Unencodable: a part is of another type than declared.
         """
         if self.multi:
-            return self._product(record)
+            return [f"{prefix}{values}{tail}" for values in self._product(record)]
         encoded: list[str] = []
         for get, encode in self._steps:
             value = get(record)
-            if value is None or value is msgspec.UNSET:
-                return ()
+            if value is None or value is UNSET:
+                return []
             encoded.append(encode(value))
-        return ("!".join(encoded),)
-
-    def stored_values(self, record: Any) -> tuple[str, ...]:
-        """As `values`, of a record that was stored before this index was declared: what does not fit is left out."""
-        try:
-            return self.values(record)
-        except Unencodable:
-            return ()
+        return [f"{prefix}{'!'.join(encoded)}{tail}"]
 
     def shown(self, value: str) -> str:
         """Return encoded, joined parts for people."""
@@ -203,7 +197,7 @@ class BoundIndex:
         columns: list[list[str]] = []
         for part in self.parts:
             value = part.get(record)
-            if value is None or value is msgspec.UNSET:
+            if value is None or value is UNSET:
                 return ()
             if not part.multi:
                 columns.append([part.encode(value)])

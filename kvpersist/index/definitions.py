@@ -24,7 +24,7 @@ import msgspec
 
 from kvpersist import keys
 from kvpersist.driver import ABSENT, Capabilities, Check, Clock, Entry, Op, Put
-from kvpersist.errors import BadKey, BadOption, Conflict, CorruptRecord, KvError, ReadOnly, SchemaChanged
+from kvpersist.errors import BadKey, BadOption, Conflict, CorruptRecord, KvError, ReadOnly, SchemaChanged, Unencodable
 from kvpersist.index.declaration import BoundIndex, Index, Spec, bind
 
 __all__ = ["LEASE", "BytesStore", "Definition", "Definitions", "Known", "Slot", "State", "StoredIndex"]
@@ -91,13 +91,15 @@ class Slot:
 
     def keys(self, record: Any, pk: str) -> list[str]:
         """Return the keys of the entries ``record`` has here. Raises Unencodable."""
-        tail = "" if self.bound.unique else "!" + pk
-        return [f"{self.prefix}{value}{tail}" for value in self.bound.values(record)]
+        bound = self.bound
+        return bound.keys(record, self.prefix, "" if bound.unique else "!" + pk)
 
     def stored_keys(self, record: Any, pk: str) -> list[str]:
         """As `keys`, of a record that may be older than the index: none where it does not fit."""
-        tail = "" if self.bound.unique else "!" + pk
-        return [f"{self.prefix}{value}{tail}" for value in self.bound.stored_values(record)]
+        try:
+            return self.keys(record, pk)
+        except Unencodable:
+            return []
 
 
 class Known:

@@ -103,8 +103,11 @@ class Writer(ABC, Generic[R]):
 
     def encoded(self, key: str, record: R, old: Entry | None, known: Known) -> bytes:
         # without atomic batches a newer schema may not be known of yet
-        looks = known.newer or self._store.capabilities.atomic_batch == "none"
-        if looks and old is not None and self._codec.decode_newer(key, old.value) is not None:
+        if (
+            old is not None
+            and (known.newer or self._store.capabilities.atomic_batch == "none")
+            and self._codec.decode_newer(key, old.value) is not None
+        ):
             return self._codec.encode_keeping(key, record, old.value)
         return self._codec.encode(key, record)
 
@@ -130,7 +133,9 @@ class Writer(ABC, Generic[R]):
 
     def wanted_keys(self, slot: Slot, record: Any, pk: str) -> list[str]:
         """Return the keys of the entries that a new record needs. Raises Unencodable, KeyTooLong."""
-        found = slot.keys(record, pk) if record is not None else []
+        if record is None:
+            return []
+        found = slot.keys(record, pk)
         for key in found:
             if len(key) > _LONG_KEY:
                 check_key(key)

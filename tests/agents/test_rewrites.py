@@ -51,6 +51,11 @@ async def states(db: Persistence, session: str) -> list[tuple[int, int, str, int
     return [(c.number, c.position, c.state, c.result_number) for c in await db.tool_calls.of(session)]
 
 
+async def everything_said(driver: Any) -> dict[str, bytes]:
+    """The whole key space but for the stats, in which rewritings are counted where batches are not atomic."""
+    return {key: value for key, value in (await driver.everything()).items() if "#stat" not in key}
+
+
 def written(driver: Any) -> list[str]:
     """The keys of records, stats and index entries that were put or deleted, definitions left out."""
     return sorted(op.key for batch in driver.batches for op in batch.ops if isinstance(op, (Put, Delete)))
@@ -157,7 +162,7 @@ async def test_replacing_by_the_same_messages_writes_nothing(
     db: Persistence, driver: Any, session: str, sound: Sound
 ) -> None:
     await db.messages.append_many(session, [*turn(1), *turn(2)])
-    before = await driver.everything()
+    before, counts = await everything_said(driver), await db.sessions.stat(session)
     stored = await db.messages.range(session)
     driver.clear()
 
@@ -165,7 +170,8 @@ async def test_replacing_by_the_same_messages_writes_nothing(
     assert await db.messages.replace_all(session, [*turn(1), *turn(2)]) == stored
 
     assert [key for key in written(driver) if "#stat" not in key] == []
-    assert await driver.everything() == before
+    assert await everything_said(driver) == before
+    assert await db.sessions.stat(session) == counts
     await sound(db)
 
 
@@ -393,7 +399,8 @@ async def test_a_call_changed_by_a_writer_that_died_is_counted_in_its_state(soun
                 await victim.tool_calls.approve("s", 1, 0)
                 async with victim.tool_calls.record("s", "aside", {}) as call:
                     call.result = 1
-        async with kvpersist.open(FaultyDriver(disk, without=ORDERED)) as again:
+        later = time.time() + 60  # nobody waits for the dead any more
+        async with kvpersist.open(FaultyDriver(disk, without=ORDERED), clock=partial(float, later)) as again:
             await again.messages.append("s", Message("user", "next"))
             await sound(again)
         if not dying.crashed:

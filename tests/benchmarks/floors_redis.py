@@ -124,16 +124,6 @@ class RawTurns:
         """One pipeline, on a connection of its own while it lasts."""
         await self.append_all([(session_id, messages)])
 
-    async def append_singly(self, session_id: str, messages: Sequence[RawMessage]) -> None:
-        """One pipeline too, with a command for every key and every member."""
-        async with self._client.pipeline(transaction=True) as pipeline:
-            entries, pointers = self._entries(session_id, messages)
-            for key, data in entries.items():
-                pipeline.set(self._base + key, data)
-            for key in (*entries, *pointers):
-                pipeline.zadd(self._base, {key: 0})
-            await pipeline.execute()
-
     async def append_all(self, turns: Sequence[tuple[str, Sequence[RawMessage]]]) -> None:
         """All of them in one pipeline."""
         async with self._client.pipeline(transaction=True) as pipeline:
@@ -141,6 +131,17 @@ class RawTurns:
                 entries, pointers = self._entries(session_id, messages)
                 pipeline.mset({self._base + key: data for key, data in entries.items()})
                 pipeline.zadd(self._base, dict.fromkeys([*entries, *pointers], 0))
+            await pipeline.execute()
+
+    async def append_singly(self, turns: Sequence[tuple[str, Sequence[RawMessage]]]) -> None:
+        """All of them in one pipeline, with a command for every key and every member."""
+        async with self._client.pipeline(transaction=True) as pipeline:
+            for session_id, messages in turns:
+                entries, pointers = self._entries(session_id, messages)
+                for key, data in entries.items():
+                    pipeline.set(self._base + key, data)
+                for key in (*entries, *pointers):
+                    pipeline.zadd(self._base, {key: 0})
             await pipeline.execute()
 
     def _entries(self, session_id: str, messages: Sequence[RawMessage]) -> tuple[dict[str, bytes], list[str]]:

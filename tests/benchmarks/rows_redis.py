@@ -106,13 +106,28 @@ async def _r4(folder: str, plan: Plan) -> AsyncIterator[list[Line]]:
         sessions = [(await db.sessions.create(user_id=f"user-{n}")).id for n in range(TASKS)]
         append = db.messages.append_many
         ours = side(new_turns(sessions, count), lambda turn: append(*turn), count, TASKS)
-        one_each = side(new_raw_turns(sessions, count), lambda turn: alone.append(*turn), count, TASKS)
-        one_of_64 = side(in_chunks(new_raw_turns(sessions, count)), together.append_all, count)
-        singly = side(new_raw_turns(sessions, count), lambda turn: alone.append_singly(*turn), count, TASKS)
+        turns = new_raw_turns(sessions, count)
         floors: list[tuple[str, float | None, Side]] = [
-            ("turn c64, a pipeline of MSET and ZADD for each", 0.35, one_each),
-            ("turn c64, a pipeline of a command per key for each", None, singly),
-            ("turn c64, one pipeline of MSET and ZADD for 64", 0.7, one_of_64),
+            (
+                "turn c64, a pipeline for each, a command for each write",
+                0.35,
+                side(turns, lambda turn: alone.append_singly([turn]), count, TASKS),
+            ),
+            (
+                "turn c64, one pipeline for 64, a command for each write",
+                0.7,
+                side(in_chunks(turns), together.append_singly, count),
+            ),
+            (
+                "turn c64, a pipeline for each, of one MSET and ZADD",
+                0.35,
+                side(turns, lambda turn: alone.append(*turn), count, TASKS),
+            ),
+            (
+                "turn c64, one pipeline for 64, an MSET and ZADD for each",
+                0.7,
+                side(in_chunks(turns), together.append_all, count),
+            ),
         ]
         yield [
             Line("R4", what, goal, {"kvpersist": ours, "floor": floor}, setting=setting) for what, goal, floor in floors

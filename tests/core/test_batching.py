@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvpersist.batching import Batched
-from kvpersist.driver import Batch, Capabilities, Committed, Entry, Put
+from kvpersist.driver import ABSENT, Batch, Capabilities, Check, Committed, Entry, Put
 from kvpersist.errors import CommitUnknown, CorruptRecord, DeadlineExceeded, KvError, StoreClosed, Unavailable
 
 
@@ -47,8 +47,8 @@ class Scripted:
             raise self.error
         for batch in batches:
             for op in batch.ops:
-                assert isinstance(op, Put)
-                self.data[op.key] = Entry(op.key, op.value, batch.version)
+                if isinstance(op, Put):
+                    self.data[op.key] = Entry(op.key, op.value, batch.version)
         return [Committed(batch.version) for batch in batches]
 
     async def scan(self, start: Any, end: Any, **_: Any) -> list[Entry]:
@@ -389,3 +389,190 @@ async def test_a_driver_that_need_not_wait_is_called_without_a_timer_or_a_task()
     [entry] = await lanes.get(["a"])
 
     assert entry is not None and len(asyncio.all_tasks()) == before
+
+
+class Held(Scripted):
+    """Each commit and get waits until the test lets it go."""
+
+    def __init__(self, overlap: str = "both") -> None:
+        super().__init__()
+        self.capabilities = Capabilities(coalesce="both", overlap=overlap)  # type: ignore[arg-type]
+        self.holds: list[asyncio.Event] = []
+        self.most = self._under_way = 0
+
+    async def _gated(self) -> None:
+        hold = asyncio.Event()
+        self.holds.append(hold)
+        self._under_way += 1
+        self.most = max(self.most, self._under_way)
+        try:
+            await hold.wait()
+        finally:
+            self._under_way -= 1
+
+    def let_go(self) -> None:
+        for hold in self.holds:
+            hold.set()
+
+
+def keys_of(commits: list[list[Batch]]) -> list[list[str]]:
+    return [[op.key for batch in batches for op in batch.ops] for batches in commits]
+
+
+@pytest.mark.parametrize(
+    ("overlap", "commits", "gets"), [("none", 1, 1), ("writes", 2, 1), ("both", 2, 2)], ids=["none", "writes", "both"]
+)
+async def test_a_second_flight_takes_off_only_where_the_driver_wants_it(overlap: str, commits: int, gets: int) -> None:
+    driver = Held(overlap)
+    lanes = Batched(driver)
+    calls: list[Any] = []
+    for n in range(3):
+        calls += [asyncio.ensure_future(lanes.commit([put(f"{n}")])), asyncio.ensure_future(lanes.get([f"{n}"]))]
+        await settle()
+
+    assert (len(driver.commits), len(driver.gets)) == (commits, gets)
+    while not all(call.done() for call in calls):
+        driver.let_go()
+        await settle()
+    assert driver.most == commits + gets
+    await lanes.close()
+
+
+async def test_calls_that_come_together_are_one_flight_and_a_second_one_takes_half_of_all() -> None:
+    driver = Held()
+    lanes = Batched(driver)
+    together = [asyncio.ensure_future(lanes.commit([put(f"a{n}")])) for n in range(10)]
+    await settle()
+    later = [asyncio.ensure_future(lanes.commit([put(f"b{n}")])) for n in range(30)]
+    await settle()
+
+    assert [len(commit) for commit in driver.commits] == [10, 20]  # of 40; with 20 it would be 10 and 10
+    while not all(call.done() for call in (*together, *later)):
+        driver.let_go()
+        await settle()
+    assert [len(commit) for commit in driver.commits] == [10, 20, 10]
+    await lanes.close()
+
+
+async def test_a_flight_that_was_alone_is_answered_in_halves_so_that_two_alternate() -> None:
+    driver = Held()
+    lanes = Batched(driver)
+
+    async def again(n: int) -> None:
+        for turn in range(3):
+            await lanes.commit([put(f"{n}.{turn}")])
+
+    tasks = [asyncio.ensure_future(again(n)) for n in range(64)]
+    while not all(task.done() for task in tasks):
+        await settle()
+        for hold in driver.holds[:1]:
+            hold.set()
+        driver.holds[:1] = []
+
+    assert [len(commit) for commit in driver.commits] == [64, 32, 32, 32, 32]
+    await lanes.close()
+
+
+async def test_a_commit_waits_for_one_in_flight_that_writes_its_key_and_so_do_those_behind_it() -> None:
+    driver = Held()
+    lanes = Batched(driver)
+    calls = [asyncio.ensure_future(lanes.commit([put("same", b"1")]))]
+    await settle()
+    calls.append(asyncio.ensure_future(lanes.commit([Batch((Check("same", ABSENT), Put("other", b"2")), b"2" * 8)])))
+    await settle()
+    calls.append(asyncio.ensure_future(lanes.commit([put("third", b"3")])))
+    await settle()
+    assert keys_of(driver.commits) == [["same"]]
+
+    driver.let_go()
+    await settle()
+    assert keys_of(driver.commits) == [["same"], ["same", "other", "third"]]
+    driver.let_go()
+    await asyncio.gather(*calls)
+    await lanes.close()
+
+
+async def test_what_two_flights_only_look_at_keeps_neither_back() -> None:
+    driver = Held()
+    lanes = Batched(driver)
+    looks = Check("parent", b"12345678")
+    calls = []
+    for key in ("a", "b"):
+        calls.append(asyncio.ensure_future(lanes.commit([Batch((looks, Put(key, b"v")), b"2" * 8)])))
+        await settle()
+
+    assert keys_of(driver.commits) == [["parent", "a"], ["parent", "b"]]
+    driver.let_go()
+    await asyncio.gather(*calls)
+    await lanes.close()
+
+
+async def test_puts_of_one_key_apply_in_their_order_however_many_are_in_flight() -> None:
+    class Slow(Held):
+        async def _gated(self) -> None:
+            for _ in range(len(self.commits) * 7 % 5):
+                await asyncio.sleep(0)
+
+    driver = Slow()
+    lanes = Batched(driver)
+
+    async def write(key: str, n: int) -> None:
+        await asyncio.sleep(0) if n % 3 else None
+        await lanes.commit([put(key, str(n).encode())])
+
+    for key in ("x", "y"):
+        last = -1
+        submitted = [asyncio.ensure_future(lanes.commit([put(key, str(n).encode())])) for n in range(200)]
+        others = [asyncio.ensure_future(write(f"{key}{n}", n)) for n in range(200)]
+        for n, call in enumerate(submitted):
+            await call
+            stored = int(driver.data[key].value)
+            assert stored >= max(n, last)
+            last = stored
+        assert last == 199
+        await asyncio.gather(*others)
+    await lanes.close()
+
+
+async def test_a_stuck_flight_is_cancelled_by_its_deadline_while_the_other_goes_on() -> None:
+    driver = Held()
+    lanes = Batched(driver, timeout=0.05)
+    stuck = asyncio.ensure_future(lanes.commit([put("stuck")]))
+    await settle()
+    outcomes: list[Any] = []
+    while not stuck.done():
+        call = asyncio.ensure_future(lanes.commit([put("other")]))
+        await settle()
+        for hold in driver.holds[1:]:
+            hold.set()
+        outcomes += await call
+
+    assert isinstance(stuck.exception(), CommitUnknown)
+    assert outcomes and all(isinstance(outcome, Committed) for outcome in outcomes)
+    driver.let_go()
+    assert isinstance((await asyncio.wait_for(_let_through(driver, lanes, "stuck"), 1))[0], Committed)
+    await lanes.close()
+
+
+async def _let_through(driver: Held, lanes: Batched, key: str) -> list[Any]:
+    call = asyncio.ensure_future(lanes.commit([put(key)]))
+    await settle()
+    driver.let_go()
+    return list(await call)
+
+
+async def test_two_flights_survive_the_cancellation_of_all_tasks() -> None:
+    driver = Held()
+    lanes = Batched(driver)
+    first = [asyncio.ensure_future(lanes.commit([put("a")]))]
+    await settle()
+    first.append(asyncio.ensure_future(lanes.commit([put("b")])))
+    await settle()
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    errors = await asyncio.gather(*first, return_exceptions=True)
+    assert all(isinstance(error, CommitUnknown) for error in errors)
+
+    for key in ("a", "b", "c"):
+        assert isinstance((await _let_through(driver, lanes, key))[0], Committed)
+    await lanes.close()

@@ -187,6 +187,9 @@ class TestMysqlModel:
 # -- what is sent --------------------------------------------------------------------------------
 
 
+_OLD, _NEW = b"versold!", b"versnew!"
+
+
 def _spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Everything that is sent from now on."""
     sent: list[str] = []
@@ -212,6 +215,97 @@ async def test_sixty_four_batches_of_one_key_are_one_statement(
     assert len(sent) == 1
     assert sent[0].startswith("INSERT INTO")
     assert ";" not in sent[0]
+
+
+async def test_puts_with_checks_are_one_statement_where_the_checks_hold(
+    driver: MysqlDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await driver.commit([batch(Put("c:held", b"v"), Put("c:too", b"v"), version=_OLD)])
+    checks = [Check("c:held", _OLD), Check("c:too", _OLD)]
+    sent = _spied(monkeypatch)
+
+    outcomes = await driver.commit([batch(checks[n % 2], Put(f"c:{n}", b"v")) for n in range(64)])
+    one = list(sent)
+    wrong = await driver.commit([batch(Check("c:too", _NEW), Put("c:a", b"v")), batch(checks[0], Put("c:b", b"v"))])
+
+    assert {type(outcome) for outcome in outcomes} == {Committed}
+    assert len(one) == 1
+    assert ";" not in one[0]
+    assert [type(outcome) for outcome in wrong] == [Conflict, Committed]
+    assert len(sent) - len(one) <= 3
+    assert [entry is not None for entry in await driver.get(["c:a", "c:b", "c:0", "c:63"])] == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "outcomes"),
+    [
+        ("UPDATE {t} SET version = %s WHERE k = 'c:held'", {_OLD: Conflict, _NEW: Committed}),
+        ("DELETE FROM {t} WHERE k = 'c:held' AND version <> %s", {_OLD: Conflict}),
+        ("UPDATE {t} SET value = %s WHERE k = 'c:held'", {_OLD: Committed, _NEW: Conflict}),
+    ],
+    ids=["updated", "deleted", "the same version"],
+)
+async def test_a_put_that_waits_for_another_writer_is_judged_by_what_that_one_left(
+    url: str, driver: MysqlDriver, change: str, outcomes: dict[bytes, type]
+) -> None:
+    await driver.commit([batch(Put("c:held", b"v"), version=_OLD)])
+    async with asyncmy.connect(**_arguments(url)) as writer, writer.cursor() as cursor:
+        await writer.begin()
+        await cursor.execute(change.format(t=driver._options.table), [_NEW])
+        puts = [
+            asyncio.create_task(driver.commit([batch(Check("c:held", version), Put(f"c:{version.decode()}", b"p"))]))
+            for version in outcomes
+        ]
+        _, early = await asyncio.wait(puts, timeout=0.2)
+        await writer.commit()
+
+    answers = [outcome for put in puts for outcome in await put]
+    assert len(early) == len(puts)  # they waited
+    assert [type(answer) for answer in answers] == list(outcomes.values())
+    stored = await driver.get([f"c:{version.decode()}" for version in outcomes])
+    assert [entry is not None for entry in stored] == [kind is Committed for kind in outcomes.values()]
+
+
+async def test_a_put_never_lands_behind_a_change_of_what_it_checked(url: str, driver: MysqlDriver) -> None:
+    """Each change also writes what the puts write, so whoever reads both at once sees them agree."""
+    await driver.commit([batch(Put("c:held", b"v"), Put("c:x", b"version0"), version=b"version0")])
+    wrong: list[object] = []
+    known = b"version0"
+    done = asyncio.Event()
+
+    async def put(number: int) -> None:
+        async with _opened(url, table=driver._options.table) as other:
+            while not done.is_set():
+                version = known
+                ops = [
+                    batch(Check("c:held", version), Put("c:x", version), Put(f"c:{number}.{n}", b"v")) for n in range(4)
+                ]
+                outcomes = await other.commit(ops)
+                wrong.extend(o for o in outcomes if not isinstance(o, Committed | Conflict))
+
+    async def look() -> None:
+        while not done.is_set():
+            held, x = await driver.get(["c:held", "c:x"])
+            assert held is not None and x is not None
+            if held.version != x.value:
+                wrong.append((held.version, x.value))
+
+    async def change() -> None:
+        nonlocal known
+        try:
+            async with _opened(url, table=driver._options.table) as other:
+                for turn in range(1, 41):
+                    version = b"v%07d" % turn
+                    change = batch(Put("c:held", b"v", known), Put("c:x", version), version=version)
+                    wrong.extend(o for o in await other.commit([change]) if not isinstance(o, Committed))
+                    known = version
+        finally:
+            done.set()
+
+    async with asyncio.timeout(60):
+        await asyncio.gather(change(), look(), *(put(number) for number in range(4)))
+
+    assert wrong == []
 
 
 async def test_a_thousand_keys_are_one_call(driver: MysqlDriver) -> None:

@@ -220,11 +220,13 @@ class _Counted:
 
 async def test_each_kind_of_call_is_one_call(driver: PostgresDriver) -> None:
     version = b"versions"
-    await driver.commit([batch(Put("c:held", b"v"), Put("c#i:a", b"held"), version=version)])
+    for _ in range(2):  # the second time as an update
+        await driver.commit([batch(Put("c:held", b"v"), Put("c#i:a", b"held"), version=version)])
     turn = batch(Check("c:held", version), Put("c:a", b"1", ABSENT), Put("c:b", b"1"), Delete("c:none"))
     for work in (
         lambda: driver.commit([batch(Put(f"c:{number}", b"v")) for number in range(64)]),
         lambda: driver.commit([batch(Put(f"c:{number}", b"v", b"otherone")) for number in range(64)]),
+        lambda: driver.commit([batch(Check("c:held", version), Put(f"c:{number}", b"v")) for number in range(64)]),
         lambda: driver.commit([batch(*(Put(f"d:{number}", b"v") for number in range(1000)))]),
         lambda: driver.commit([turn]),
         lambda: driver.commit([batch(Put("c:a", b"v", ABSENT)), batch(Delete("c:a")), batch(Put("c:a", b"v", ABSENT))]),
@@ -272,7 +274,7 @@ async def test_batches_that_need_each_other_are_judged_in_order_and_others_toget
         plan = Plan(0.0)
         for place, one in enumerate(batches):
             assert plan.add(place, one) is None
-        return [[row[0] for row in rows] for rows in plan._waves()]
+        return [sorted(what[0] for what in (*wave.checks, *wave.writes)) for wave in plan.waves()]
 
     assert waves(batch(Put("a", b"", ABSENT)), batch(Put("b", b"", ABSENT))) == [["a", "b"]]
     assert waves(batch(Put("a", b"", ABSENT)), batch(Put("a", b""))) == [["a"], ["a"]]
@@ -281,7 +283,7 @@ async def test_batches_that_need_each_other_are_judged_in_order_and_others_toget
     assert waves(
         *(batch(Put("a", b"")), batch(Check("b", ABSENT), Put("a", b"")), batch(Put("b", b""))),
         *(batch(Check("c", ABSENT)), batch(Check("b", ABSENT))),
-    ) == [["a", "c"], ["b", "a", "b"], ["b"]]
+    ) == [["a", "c"], ["a", "b", "b"], ["b"]]
 
 
 async def test_a_check_does_not_see_a_write_that_comes_after_it(driver: PostgresDriver) -> None:
@@ -469,6 +471,133 @@ async def test_of_two_who_each_need_what_the_other_removes_one_wins(url: str, dr
                 other.commit([batch(Check(b, ABSENT), Put(a, b"1"))]),
             )
             assert sorted(type(outcome).__name__ for [outcome] in answers) == ["Committed", "Conflict"]
+
+
+_OLD, _NEW = b"versold!", b"versnew!"
+_OTHER = "INSERT INTO {t} (key, value, version) VALUES ('c:other', '', $1)"
+
+
+@pytest.mark.parametrize("updated", [False, True], ids=["first", "updated"])
+@pytest.mark.parametrize(
+    ("change", "outcomes"),
+    [
+        ("UPDATE {t} SET version = $1 WHERE key = 'c:held'", {_OLD: Conflict, _NEW: Committed}),
+        ("DELETE FROM {t} WHERE key = 'c:held' AND version <> $1", {_OLD: Conflict}),
+        ("WITH gone AS (DELETE FROM {t} WHERE key = 'c:held') {other}", {_OLD: Conflict}),
+        ("{other}", {_OLD: Committed, _NEW: Conflict}),
+    ],
+    ids=["updated", "deleted", "deleted beside a write", "untouched"],
+)
+async def test_a_put_that_waits_for_another_writer_is_judged_by_what_that_one_left(
+    url: str, driver: PostgresDriver, change: str, outcomes: dict[bytes, type], updated: bool
+) -> None:
+    for version in (b"versfirs", _OLD) if updated else (_OLD,):
+        await driver.commit([batch(Put("c:held", b"v"), version=version)])
+    writer = await asyncpg.connect(url)
+    try:
+        async with writer.transaction():
+            # as `apply` locks what it writes
+            await writer.execute("SELECT pg_advisory_xact_lock($1, hashtext('c:held' COLLATE \"C\"))", driver._table)
+            await writer.execute(change.replace("{other}", _OTHER).format(t=driver._sql.table), _NEW)
+            puts = [
+                asyncio.create_task(
+                    driver.commit([batch(Check("c:held", version), Put(f"c:{version.decode()}", b"p"))])
+                )
+                for version in outcomes
+            ]
+            async with asyncio.timeout(10):
+                while await writer.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted") < len(puts):
+                    await asyncio.sleep(0.01)
+    finally:
+        await writer.close()
+
+    answers = [outcome for put in puts for outcome in await put]
+    assert [type(answer) for answer in answers] == list(outcomes.values())
+    stored = await driver.get([f"c:{version.decode()}" for version in outcomes])
+    assert [entry is not None for entry in stored] == [kind is Committed for kind in outcomes.values()]
+
+
+async def test_a_put_never_lands_behind_a_change_of_what_it_checked(url: str, driver: PostgresDriver) -> None:
+    """Each change also writes what the puts write, so whoever reads both at once sees them agree."""
+    await driver.commit([batch(Put("c:held", b"v"), Put("c:x", b"version0"), version=b"version0")])
+    wrong: list[object] = []
+    known = b"version0"
+    done = asyncio.Event()
+
+    async def put(number: int) -> None:
+        async with _opened(url, table=driver._options.table) as other:
+            while not done.is_set():
+                version = known
+                ops = [
+                    batch(Check("c:held", version), Put("c:x", version), Put(f"c:{number}.{n}", b"v")) for n in range(4)
+                ]
+                outcomes = await other.commit(ops)
+                wrong.extend(o for o in outcomes if not isinstance(o, Committed | Conflict))
+
+    async def look() -> None:
+        while not done.is_set():
+            held, x = await driver.get(["c:held", "c:x"])
+            assert held is not None and x is not None
+            if held.version != x.value:
+                wrong.append((held.version, x.value))
+
+    async def change() -> None:
+        nonlocal known
+        try:
+            async with _opened(url, table=driver._options.table) as other:
+                for turn in range(1, 41):
+                    version = b"v%07d" % turn
+                    change = batch(Put("c:held", b"v", known), Put("c:x", version), version=version)
+                    wrong.extend(o for o in await other.commit([change]) if not isinstance(o, Committed))
+                    known = version
+        finally:
+            done.set()
+
+    async with asyncio.timeout(60):
+        await asyncio.gather(change(), look(), *(put(number) for number in range(4)))
+
+    assert wrong == []
+
+
+async def test_a_change_that_was_taken_back_is_no_conflict(url: str, driver: PostgresDriver) -> None:
+    await driver.commit([batch(Put("c:held", b"v"), version=_OLD)])
+    await _sql(
+        url, f"DO $$BEGIN UPDATE {driver._sql.table} SET version = 'x'; RAISE 'no'; EXCEPTION WHEN OTHERS THEN END$$"
+    )
+
+    [outcome] = await driver.commit([batch(Check("c:held", _OLD), Put("c:a", b"v"))])
+
+    assert isinstance(outcome, Committed)
+
+
+async def test_a_check_of_all_fails_all_and_one_of_some_only_those(driver: PostgresDriver) -> None:
+    await driver.commit([batch(Put("c:a", b"v"), Put("c:b", b"v"), version=_OLD)])
+    both = Check("c:a", _OLD)
+
+    some = await driver.commit(
+        [
+            batch(both, Put("c:1", b"v")),
+            batch(Check("c:b", _NEW), both, Put("c:2", b"v")),
+            batch(both, Put("c:3", b"v", ABSENT)),
+        ]
+    )
+    none = await driver.commit(
+        [batch(Put("c:4", b"v", ABSENT), Check("c:b", _NEW)), batch(Check("c:b", _NEW), Delete("c:1"))]
+    )
+
+    assert [type(outcome) for outcome in some] == [Committed, Conflict, Committed]
+    assert [outcome.args for outcome in none if isinstance(outcome, Conflict)] == [
+        ("c:b", _NEW, _OLD, 1),
+        ("c:b", _NEW, _OLD, 0),
+    ]
+    found = await driver.get([f"c:{number}" for number in (1, 2, 3, 4)])
+    assert [entry is not None for entry in found] == [True, False, True, False]
+
+
+async def test_a_key_without_a_letter_is_refused_alone(driver: PostgresDriver) -> None:
+    refused, taken = await driver.commit([batch(Put("", b"v")), batch(Put("c:a", b"v"))])
+
+    assert isinstance(refused, BadKey) and isinstance(taken, Committed)
 
 
 async def test_what_another_process_is_about_to_change_is_not_compacted(url: str, driver: PostgresDriver) -> None:

@@ -176,6 +176,10 @@ class Proxy:
 
     async def _refuse(self) -> None:
         if self._server is not None:
+            for listening in self._server.sockets:
+                self._loop.remove_reader(listening.fileno())
+            for _ in range(3):  # what was accepted belongs to a server, or asyncio forgets it without closing it
+                await asyncio.sleep(0)
             self._server.close()
             self._server = None
             self._held = socket.socket()  # bound, and not listening: refused, and nobody else gets the port

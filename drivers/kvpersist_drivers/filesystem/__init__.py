@@ -218,7 +218,7 @@ class FilesystemDriver:
         held = await streams.run(partial(self._staged, header), settle=True)
         try:
             with self._streaming("write_stream"):
-                file = await aiofiles.open(held.descriptor, "wb", 0, closefd=False, executor=streams.executor)
+                file = await aiofiles.open(held.descriptor, "wb", 0, closefd=False, executor=streams)
             unsynced = 0
             async for piece in pieces:
                 with self._streaming("write_stream"), memoryview(piece) as left:
@@ -288,7 +288,7 @@ class FilesystemDriver:
     async def _read_on(self, held: Held, start: int, opens: Callable[..., Any]) -> AsyncIterator[bytes]:
         if self._refusal is not None:
             raise self._refusal(_CLOSED)
-        executor = self._streams.executor
+        executor = self._streams
         try:
             with self._streaming("read_stream"):
                 file = await opens(held.descriptor, "rb", 0, closefd=False, executor=executor)
@@ -335,7 +335,7 @@ class FilesystemDriver:
     def _later(self, call: Callable[[], None]) -> None:
         """Make a call in the thread of streams, after what that is doing; nobody waits for it."""
         try:
-            self._streams.executor.submit(call)
+            self._streams.submit(call)
         except RuntimeError:  # it has ended
             call()
 

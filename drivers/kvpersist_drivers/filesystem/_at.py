@@ -17,11 +17,12 @@ __all__ = [
     "make",
     "open_file",
     "open_folder",
+    "read_file",
     "remove",
     "remove_folder",
     "rename",
 ]
-__all__ += ["same_exists", "sync_folder", "write_all"]
+__all__ += ["same_exists", "sync_folder", "write_all", "write_file"]
 
 Folder: TypeAlias = int | str
 
@@ -29,6 +30,10 @@ _HAS_FDS: Final = {os.open, os.mkdir, os.rename, os.unlink, os.rmdir} <= os.supp
 _FILE: Final = (
     getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOCTTY", 0)
 )
+_READ: Final = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _FILE
+_WRITE: Final = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NONBLOCK", 0) | _FILE
+_MORE: Final = 1 << 20  # bytes, of a file that is longer than was thought
+_FIRST: Final = 8 << 10  # bytes: most files are read at once, and no large buffer is made for them
 _FOLDER: Final = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | _FILE
 
 
@@ -54,6 +59,42 @@ def open_file(folder: Folder, name: str, flags: int) -> int:
     if isinstance(folder, int):
         return os.open(name, flags, 0o600, dir_fd=folder)
     return os.open(os.path.join(folder, name), flags, 0o600)
+
+
+def read_file(folder: Folder, name: str, most: int | None) -> bytes:
+    """The content of a file, or its first ``most`` bytes; as `open_file`."""
+    if isinstance(folder, int):
+        descriptor = os.open(name, _READ, dir_fd=folder)
+    else:
+        descriptor = os.open(os.path.join(folder, name), _READ)
+    try:
+        wanted = _FIRST if most is None or most > _FIRST else most
+        data = os.read(descriptor, wanted)
+        if len(data) < wanted or wanted == most:
+            return data
+        parts = [data]
+        left = most - wanted if most is not None else _MORE
+        while left and (data := os.read(descriptor, left)):
+            parts.append(data)
+            if most is not None:
+                left -= len(data)
+        return b"".join(parts)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(folder: Folder, name: str, *parts: bytes, sync: bool) -> None:
+    """Write a file anew, and wait until it is on the disk if that is wanted."""
+    if isinstance(folder, int):
+        descriptor = os.open(name, _WRITE, 0o600, dir_fd=folder)
+    else:
+        descriptor = os.open(os.path.join(folder, name), _WRITE, 0o600)
+    try:
+        write_all(descriptor, *parts)
+        if sync:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def open_folder(parent: Folder | None, name: str) -> Folder:

@@ -7,7 +7,8 @@ cut. The key is in the line where the name is hashed.
 from __future__ import annotations
 
 import re
-from typing import Final
+from binascii import unhexlify
+from typing import Final, TypeAlias
 from zlib import crc32
 
 from kvpersist.errors import CorruptRecord
@@ -18,17 +19,15 @@ HEADER_BYTES: Final = 1200  # no header is longer
 _LINE: Final = re.compile(rb"kv1 ([0-9a-f]*) (-|-?[0-9.einf+-]{1,32}) ([0-9a-f]{8})(?: ([0-9a-f]+))?\n")
 
 
-class Header(tuple[bytes, "float | None", int]):
-    """Version, expiry, and where the value begins."""
-
-    __slots__ = ()
+Header: TypeAlias = tuple[bytes, "float | None", int]
+"""Version, expiry, and where the value begins."""
 
 
 def pack(key: str, version: bytes, expires_at: float | None, hashed: bool) -> bytes:
     """Return the header, with its newline."""
-    expires = "-" if expires_at is None else repr(float(expires_at))
-    rest = f" {key.encode().hex()}" if hashed else ""
-    return f"kv1 {version.hex()} {expires} {_crc(key, version.hex(), expires):08x}{rest}\n".encode()
+    told = f"{version.hex()} {'-' if expires_at is None else repr(float(expires_at))}".encode()
+    text = key.encode()
+    return b"kv1 %b %08x%b\n" % (told, _crc(text, told), b" " + text.hex().encode() if hashed else b"")
 
 
 def unpack(key: str, data: bytes) -> Header:
@@ -41,10 +40,11 @@ def unpack(key: str, data: bytes) -> Header:
     if line is None:
         what = "it is empty" if not data else "its first line is cut off" if data[:4] == b"kv1 " else "foreign content"
         raise CorruptRecord(key, what)
-    version, expires = line[1].decode(), line[2].decode()
-    if _crc(key, version, expires) != int(line[3], 16) or (line[4] and line[4].decode() != key.encode().hex()):
+    version, expires, crc, hashed = line.groups()
+    text = key.encode()
+    if _crc(text, data[4 : line.end(2)]) != int(crc, 16) or (hashed and hashed != text.hex().encode()):
         raise CorruptRecord(key, "the checksum of its first line does not match")
-    return Header((bytes.fromhex(version), None if expires == "-" else float(expires), line.end()))
+    return unhexlify(version), None if expires == b"-" else float(expires), line.end()
 
 
 def hashed_key(where: str, data: bytes) -> str:
@@ -64,5 +64,5 @@ def hashed_key(where: str, data: bytes) -> str:
     raise CorruptRecord(where, "its first line does not tell its key")
 
 
-def _crc(key: str, version: str, expires: str) -> int:
-    return crc32(f"{key}\n{version} {expires}".encode())
+def _crc(key: bytes, told: bytes) -> int:
+    return crc32(told, crc32(key + b"\n"))

@@ -24,6 +24,7 @@ __all__ = ["Head", "Journal", "Step"]
 _HEAD: Final = re.compile(rb"kvj1 ([wci]) ([0-9a-f]{16}) ([0-9a-f]{12}) ([0-9a-f]{8})\n")
 _HEAD_BYTES: Final = 46
 _KEPT_BYTES: Final = 1 << 16  # a longer journal is cut when it is done
+_HAS_PREAD: Final = hasattr(os, "pread")
 _O_BINARY: Final = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
@@ -64,6 +65,7 @@ class Journal:
                 self._descriptor = os.open(path, os.O_RDONLY | _O_BINARY)
             except FileNotFoundError:  # a copy that only has the records
                 self._descriptor = -1
+        self._seen, self._told = b"", _NONE  # the first line, and what it says
         self.counter = Counter(tree.root, writing=self.writable)
 
     def pending(self) -> bool:
@@ -74,11 +76,10 @@ class Journal:
         """Read the first line; what is none says that nothing is pending."""
         if self._descriptor < 0:
             return _NONE
-        found = _HEAD.match(_pread(self._descriptor, _HEAD_BYTES, 0))
-        if found is None:
-            return _NONE
-        state = found[1]
-        return Head(state == b"w", int(found[2], 16), state == b"i", int(found[3], 16), int(found[4], 16))
+        line = _pread(self._descriptor, _HEAD_BYTES, 0)
+        if line != self._seen:
+            self._seen, self._told = line, _head(line)
+        return self._told
 
     def begin(self, number: int, steps: Sequence[Step]) -> None:
         """Write the steps down: from here on the batch happens."""
@@ -162,6 +163,14 @@ class Journal:
             os.fsync(self._descriptor)
 
 
+def _head(line: bytes) -> Head:
+    found = _HEAD.match(line)
+    if found is None:
+        return _NONE
+    state = found[1]
+    return Head(state == b"w", int(found[2], 16), state == b"i", int(found[3], 16), int(found[4], 16))
+
+
 def _line(state: bytes, number: int, body: bytes) -> bytes:
     return b"kvj1 %b %016x %012x %08x\n" % (state, number, len(body), _checksum(number, body))
 
@@ -177,7 +186,7 @@ def _step(line: str) -> Step:
 
 
 def _pread(descriptor: int, size: int, at: int) -> bytes:
-    if hasattr(os, "pread"):
+    if _HAS_PREAD:
         return os.pread(descriptor, size, at)
     os.lseek(descriptor, at, os.SEEK_SET)
     return os.read(descriptor, size)
@@ -186,7 +195,7 @@ def _pread(descriptor: int, size: int, at: int) -> bytes:
 def _pwrite(descriptor: int, data: bytes) -> None:
     written = 0
     while written < len(data):
-        if hasattr(os, "pwrite"):
+        if _HAS_PREAD:
             written += os.pwrite(descriptor, data[written:], written)
         else:
             os.lseek(descriptor, written, os.SEEK_SET)

@@ -60,20 +60,30 @@ def place(key: str) -> Place:
         raise BadKey(key, "no UTF-8 text: it holds a lone surrogate") from error
     if size > MAX_KEY_BYTES:
         raise KeyTooLong(key, size, MAX_KEY_BYTES)
-    *pieces, tail = _CUT.split(key)
+    cut = max(key.rfind(":"), key.rfind("!")) + 1
+    (folder, rest), tail = _folder(key[:cut]), key[cut:]
+    if rest:
+        return Place((folder, _hashed(rest + tail), True))
+    if _is_integer(tail):
+        above, tail = f"{tail[:-LOW]}~n", tail[-LOW:]
+        folder = f"{folder}/{above}" if folder else above
+    name = _escape(tail) if tail else _EMPTY
+    if len(name) > _LONGEST:
+        return Place((folder, _hashed(tail), True))
+    return Place((folder, name + SUFFIX, False))
+
+
+@lru_cache(maxsize=1024)
+def _folder(prefix: str) -> tuple[str, str]:
+    """The folder of the keys that begin with ``prefix``, which ends where it is cut, and what of it is to be hashed."""
+    pieces = _CUT.split(prefix)[:-1]
     folders: list[str] = []
     for number, piece in enumerate(pieces):
         name = _escape(piece[:-1]) if len(piece) > 1 else ""
         if len(name) > _LONGEST:
-            return Place(("/".join(folders), _hashed("".join(pieces[number:]) + tail), True))
+            return "/".join(folders), "".join(pieces[number:])
         folders.append(name + ("~d" if piece[-1] == ":" else "~p"))
-    if _is_integer(tail):
-        folders.append(tail[:-LOW] + "~n")
-        tail = tail[-LOW:]
-    name = _escape(tail) if tail else _EMPTY
-    if len(name) > _LONGEST:
-        return Place(("/".join(folders), _hashed(tail), True))
-    return Place(("/".join(folders), name + SUFFIX, False))
+    return "/".join(folders), ""
 
 
 def folder_text(name: str) -> tuple[str, bool] | None:

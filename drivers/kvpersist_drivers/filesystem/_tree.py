@@ -19,7 +19,6 @@ STAGE: Final = f"{OWN}/new"  # where files are written before they take their pl
 DAMAGED_VERSION: Final = bytes(8)
 """The version that lists tell of a damaged file."""
 _KEPT_FOLDERS: Final = 48  # descriptors, per tree
-_FIRST_READ: Final = 16 << 10  # bytes
 _NOT_OURS: Final = (errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO, errno.EMLINK)
 
 
@@ -98,20 +97,16 @@ class Tree:
 
     def read(self, path: str, name: str, most: int | None = None) -> bytes | None:
         """The content of a file, or its first ``most`` bytes; None if it is not there."""
-        descriptor = self._descriptor(path, name)
-        if descriptor is None:
-            return None
-        try:
-            wanted = _FIRST_READ if most is None else most
-            data = os.read(descriptor, wanted)
-            if len(data) < wanted or most is not None:
-                return data
-            parts = [data]
-            while more := os.read(descriptor, 1 << 20):
-                parts.append(more)
-            return b"".join(parts)
-        finally:
-            os.close(descriptor)
+        while True:
+            folder = self._folders.get(path)
+            if folder is None and (folder := self.folder(path)) is None:
+                return None
+            try:
+                return _at.read_file(folder, name, most)
+            except FileNotFoundError:
+                if _at.same_exists(folder):
+                    return None
+                self.forget(path)
 
     def open(self, key: str, now: float) -> tuple[Entry, _at.Held, int] | None:
         """As `entry`, without the value, with the open file, and where in that the value begins."""

@@ -57,8 +57,16 @@ class Writer:
 
     def commit(self, batches: Sequence[Batch]) -> list[_Answer]:
         """As the driver's."""
-        with self._translated("commit"), self.locked():
-            return self._apply(batches)
+        try:  # the hot path: no context managers
+            self._acquire()
+            try:
+                return self._apply(batches)
+            finally:
+                self._release()
+        except OSError as error:
+            if isinstance(error, KvError):  # some are OSErrors themselves
+                raise
+            raise translated(error, "commit", self._root) from error
 
     def place_stream(self, staged: str, put: Put, version: bytes) -> _Answer:
         """Give the staged file, which is on the disk, its place, as `commit` of ``put`` would, whose value it is."""
@@ -119,6 +127,20 @@ class Writer:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the store's lock, with nothing pending."""
+        self._acquire()
+        try:
+            yield
+        finally:
+            self._release()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        if self._lock is not None:
+            self._lock.close()
+        self.journal.close()
+        self.tree.close()
+
+    def _acquire(self) -> None:
         lock = self._lock
         if lock is None:
             raise ReadOnly(f"{self._root} cannot be written")
@@ -128,25 +150,22 @@ class Writer:
             self._head = self.journal.head()
             if self._head.pending:
                 self._head = self.journal.settle(self._head)
-            yield
-        finally:
-            self.journal.counter.end()
-            lock.release()
+        except BaseException:
+            self._release()
+            raise
 
-    def close(self) -> None:
-        """Let go of everything."""
-        if self._lock is not None:
-            self._lock.close()
-        self.journal.close()
-        self.tree.close()
+    def _release(self) -> None:
+        assert self._lock is not None
+        self.journal.counter.end()
+        self._lock.release()
 
     @contextmanager
     def _translated(self, operation: str) -> Iterator[None]:
         try:
             yield
-        except KvError:  # some are OSErrors themselves
-            raise
         except OSError as error:
+            if isinstance(error, KvError):
+                raise
             raise translated(error, operation, self._root) from error
 
     def _apply(self, batches: Sequence[Batch]) -> list[_Answer]:
@@ -273,22 +292,15 @@ class Writer:
         return self._unknown(batch, OSError("the disk failed while the batch was written down"))
 
     def _stage(self, name: str, header: bytes, value: bytes) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         stage = self.tree.folder(STAGE, make=True, sync=self._sync)
         assert stage is not None
         try:
-            descriptor = _at.open_file(stage, name, flags)
+            _at.write_file(stage, name, header, value, sync=self._sync)
         except FileNotFoundError:  # somebody removed the folder
             self.tree.forget(STAGE)
             stage = self.tree.folder(STAGE, make=True, sync=self._sync)
             assert stage is not None
-            descriptor = _at.open_file(stage, name, flags)
-        try:
-            _at.write_all(descriptor, header, value)
-            if self._sync:
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            _at.write_file(stage, name, header, value, sync=self._sync)
 
     def unstage(self, name: str) -> None:
         """Remove a staged file, if it is there."""

@@ -2,10 +2,11 @@
 
 An entry is a row of one InnoDB table: the key as bytes, which InnoDB orders as bytes, its version, its
 expiry and its value. ``get`` and ``scan`` are one SELECT per thousand keys or entries. ``commit`` is one
-call however many batches it has: one INSERT where all is unconditional puts, else one transaction whose
-statements are sent together. They hold the rows, compare them with what the batches expect and end in
-COMMIT. Where something else is there, they stop before writing; the versions found have arrived by then,
-and a second call writes the batches that may be, and commits.
+call however many batches it has: one INSERT where all is puts without conditions of their own, which
+looks itself at the few other keys that they check; else one transaction whose statements are sent
+together. They hold the rows, compare them with what the batches expect and end in COMMIT. Where something
+else is there, they stop before writing; the versions found have arrived by then, and another call writes
+the batches that may be, and commits.
 
 The client's clock judges expiry. A cancelled commit may still be executed by the server.
 """
@@ -47,6 +48,7 @@ __all__ = ["MysqlDriver", "MysqlOptions"]
 _ATTEMPTS: Final = 8  # at a commit that met a deadlock, or waited 1 s for a lock
 _PAUSE_SECONDS: Final = 0.01  # at most; doubled each time, four times over
 _MOST: Final = 16 << 20  # bytes of a value, however large the server's packets may be
+_LOOKED_AT: Final = 8  # keys at most that an INSERT looks at by itself, each with a subquery
 _SWEEP: Final = 500  # entries that one statement removes
 
 
@@ -66,6 +68,7 @@ class MysqlDriver:
             reverse=True,
             deref=True,
             coalesce="both",
+            overlap="writes",
             ttl="swept",
             shared=True,
             max_key_bytes=MAX_KEY_BYTES,
@@ -229,9 +232,21 @@ class MysqlDriver:
             await self._send(link, writes if len(writes) == 1 else ["BEGIN", *writes, "COMMIT"])
             return hoped.answers
         checked, held = locks(batches)
+        hopeful = all(isinstance(answer, Committed) for answer in hoped.answers)
+        if hopeful and not held and len(expected) <= _LOOKED_AT and None not in hoped.rows.values():
+            writes = sql.put(hoped.rows, self._packet, sql.unchanged(expected, now_ms))
+            if len(writes) == 1:
+                try:
+                    await self._send(link, writes)
+                except Error as error:
+                    if code_of(error) != NOT_AS_EXPECTED:
+                        raise
+                    hopeful = False
+                else:
+                    return hoped.answers
         begin = ["BEGIN", *sql.share(checked), *sql.hold(held, self._packet), *sql.versions(held)]
         found: list[Answer] = []
-        if all(isinstance(answer, Committed) for answer in hoped.answers):
+        if hopeful:
             finish = [*sql.guard(expected, now_ms), *self._written(hoped, held, expected), "COMMIT"]
             try:
                 await self._send(link, begin + finish, found)
@@ -240,7 +255,7 @@ class MysqlDriver:
                     raise
             else:
                 return hoped.answers
-        else:  # the batches contradict each other: some will fail, whatever is stored
+        else:  # something is not as expected, or the batches contradict each other
             await self._send(link, begin, found, commits=False)
         rows = (row for answer in found for row in answer.rows if len(row) == 3)
         stored: dict[str, Expect] = {key.decode(): version for key, version, exp in rows if not exp or exp > now_ms}

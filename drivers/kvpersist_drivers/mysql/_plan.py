@@ -52,9 +52,17 @@ def expectations(batches: Sequence[Batch]) -> dict[str, Expect]:
 
 
 def locks(batches: Sequence[Batch]) -> tuple[set[str], set[str]]:
-    """The keys that are only looked at, and are there if all goes well; and all others."""
-    held = {op.key for batch in batches for op in batch.ops if op.expect is ABSENT or not isinstance(op, Check)}
-    return {op.key for batch in batches for op in batch.ops} - held, held
+    """The keys that are only looked at, and are there if all goes well; and all others.
+
+    The others are none where nothing is expected of them: writing locks them soon enough.
+    """
+    looked_at, others, expected = set[str](), set[str](), set[str]()
+    for batch in batches:
+        for op in batch.ops:
+            (looked_at if type(op) is Check and op.expect is not ABSENT else others).add(op.key)
+            if op.expect is not None:
+                expected.add(op.key)
+    return looked_at - others, others if others & expected else set()
 
 
 def judge(batches: Sequence[Batch], stored: Mapping[str, Expect], now_ms: int) -> Verdict:

@@ -33,6 +33,7 @@ SESSION: Final = (
     ";SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED"
 )
 
+_FAILURE: Final = "(SELECT 1 UNION SELECT 2)"  # of a condition: as a single value, it is an error
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 
 Row = tuple[bytes, int, bytes]
@@ -78,9 +79,13 @@ class Statements:
     def get(self, keys: Iterable[str]) -> list[str]:
         return [f"SELECT k,version,expires,value FROM {self._listed(part)}" for part in self._parts(keys)]
 
-    def put(self, rows: Mapping[str, Row], limit: int) -> list[str]:
-        """Insert or replace, in the order of the keys; statements of at most ``limit`` characters."""
-        return self._inserted(rows, "version=VALUES(version),expires=VALUES(expires),value=VALUES(value)", limit)
+    def put(self, rows: Mapping[str, Row], limit: int, condition: str = "") -> list[str]:
+        """Insert or replace, in the order of the keys; statements of at most ``limit`` characters.
+
+        Where the ``condition`` does not hold the first of them fails with `NOT_AS_EXPECTED`.
+        """
+        update = "version=VALUES(version),expires=VALUES(expires),value=VALUES(value)"
+        return self._inserted(rows, update, limit, condition)
 
     def hold(self, keys: Iterable[str], limit: int) -> list[str]:
         """Lock ``keys`` for this transaction, one after the other, whether there is an entry or not."""
@@ -97,6 +102,18 @@ class Statements:
         return [
             f"SELECT e.k,e.version,e.expires FROM {self._joined(part)} LOCK IN SHARE MODE" for part in self._parts(keys)
         ]
+
+    def unchanged(self, expected: Mapping[str, Expect], now_ms: int) -> str:
+        """A condition: these versions are there; nobody changes them until this transaction ends.
+
+        MySQL lets an INSERT read its own table only by way of a derived one that it cannot merge.
+        """
+        return " AND ".join(
+            f"(SELECT version FROM (SELECT version FROM {self._name} WHERE k={_text(key)} AND {_live('', now_ms)} "
+            f"LIMIT 1 LOCK IN SHARE MODE) e)=x'{version.hex()}'"
+            for key in sorted(expected, key=str.encode)
+            if (version := expected[key]) is not ABSENT
+        )
 
     def guard(self, expected: Mapping[str, Expect], now_ms: int) -> list[str]:
         """Fail with `NOT_AS_EXPECTED` unless exactly the expected versions are there."""
@@ -139,7 +156,7 @@ class Statements:
         right = f"SUM(CONCAT(version,k) IN ({','.join(there)}))" if there else "0"
         return (
             f"SELECT IF((SELECT COUNT(*)={len(there)} AND COALESCE({right},0)={len(there)} "
-            f"FROM {self._listed(keys)} AND {_live('', now_ms)}),1,(SELECT 1 UNION SELECT 2))"
+            f"FROM {self._listed(keys)} AND {_live('', now_ms)}),1,{_FAILURE})"
         )
 
     def _parts(self, keys: Iterable[str]) -> list[list[str]]:
@@ -155,11 +172,12 @@ class Statements:
         table = " UNION ALL SELECT ".join([f"SELECT {first} AS k", *others])
         return f"({table}) d STRAIGHT_JOIN {self._name} e ON e.k=d.k"
 
-    def _inserted(self, rows: Mapping[str, Row], update: str, limit: int) -> list[str]:
-        texts = [
-            f"({_text(key)},x'{version.hex()}',{expires},x'{value.hex()}')"
-            for key, (version, expires, value) in sorted(rows.items(), key=_by_bytes)
-        ]
+    def _inserted(self, rows: Mapping[str, Row], update: str, limit: int, condition: str = "") -> list[str]:
+        texts: list[str] = []
+        for key, (version, expires, value) in sorted(rows.items(), key=_by_bytes):
+            # computed before the first row is written
+            when = f"IF({condition},{expires},{_FAILURE})" if condition and not texts else expires
+            texts.append(f"({_text(key)},x'{version.hex()}',{when},x'{value.hex()}')")
         head = f"INSERT INTO {self._name} (k,version,expires,value) VALUES "
         tail = f" ON DUPLICATE KEY UPDATE {update}"
         return [head + part + tail for part in packets(texts, limit - len(head) - len(tail), ",")]

@@ -5,9 +5,10 @@ NUL, which a text of PostgreSQL cannot hold, is stored as ``\x01\x01`` and ``\x0
 No function, type or extension is made.
 
 ``get`` and ``scan`` are one statement, targets of index entries included. ``commit`` is one statement
-where there are only puts without conditions, and otherwise one statement executed several times in one
-transaction: first for its locks, then once for every group of batches that may see the same state. Both
-are one round trip. Every writer takes advisory locks of the transaction on the keys it writes, and
+where there are only puts without conditions of their own, and checks of other keys that hold; otherwise
+it is one statement executed several times in one transaction: first for its locks, then once for every
+group of batches that may see the same state. Both are one round trip, and one after the other where such
+a check does not hold. Every writer takes advisory locks of the transaction on the keys it writes, and
 shared ones on those it only checks, in the order of their numbers: so conditions are judged on a
 snapshot that nobody can change before the commit, and writers cannot deadlock each other. A call about
 more than 128 keys locks the table's writers out as a whole while it runs.
@@ -45,7 +46,7 @@ with needs_extra("postgres", module="asyncpg"):
     from kvpersist_drivers.postgres._connections import Connection, Connections, Row, Source
     from kvpersist_drivers.postgres._errors import AGAIN, code_of, is_of_one_batch, of_server
     from kvpersist_drivers.postgres._plan import MAX_BATCH_BYTES, MAX_VALUE_BYTES, Plan
-    from kvpersist_drivers.postgres._statements import COLUMNS, MAX_KEY_BYTES, Statements, escaped, unescaped
+    from kvpersist_drivers.postgres._statements import COLUMNS, MAX_KEY_BYTES, SEPARATOR, Statements, escaped, unescaped
     from kvpersist_drivers.postgres._watch import Listener
 
 __all__ = ["PostgresDriver", "PostgresOptions"]
@@ -139,6 +140,7 @@ class PostgresDriver:
             reverse=True,
             deref=True,
             coalesce="both",
+            overlap="both",
             shared=True,
             max_key_bytes=MAX_KEY_BYTES,
             max_value_bytes=MAX_VALUE_BYTES,
@@ -192,12 +194,11 @@ class PostgresDriver:
         if not keys:
             return []
         stored = [escaped(key) for key in keys]
-        found = {row[0]: row for row in await self._read(self._sql.get, stored, self.clock())}
-        entries: list[Entry | None] = []
-        for key, name in zip(keys, stored, strict=True):
-            row = found.get(name)
-            entries.append(None if row is None else Entry(key, row[1], row[2], row[3]))
-        return entries
+        found = {row[0]: row for row in await self._read(self._sql.get, SEPARATOR.join(stored), self.clock())}
+        return [
+            None if (row := found.get(name)) is None else Entry(key, row[1], row[2], row[3])
+            for key, name in zip(keys, stored, strict=True)
+        ]
 
     async def commit(self, batches: Sequence[Batch]) -> list[_Answer]:
         if self._closed:
@@ -357,21 +358,21 @@ class PostgresDriver:
                     answers[place] = refused
             return
         for number, key, found in failed:
-            place = plan.places[int(number)]
-            position = plan.position(number, key)
-            before = answers[place]
-            if not isinstance(before, Conflict) or position < before.position:
-                op = batches[place].ops[position]
-                answers[place] = Conflict(op.key, op.expect, ABSENT if found is None else found, position)
+            for place in plan.places_of(number):
+                ops, before = batches[place].ops, answers[place]
+                position = next(at for at, op in enumerate(ops) if escaped(op.key) == key)
+                if not isinstance(before, Conflict) or position < before.position:
+                    op = ops[position]
+                    answers[place] = Conflict(op.key, op.expect, ABSENT if found is None else found, position)
 
     async def _send(self, plan: Plan) -> list[Row]:
         """Send a plan; again where the server rolled it back in favour of another transaction."""
         attempt = 0
         while True:
             try:
-                if plan.is_plain:
-                    args = plan.put_arguments(self._table, self._channel)
-                    return await self._connections.call(self._sql.put, *args, writes=True)
+                args = plan.put_arguments(self._table, self._channel)
+                if args is not None and not await self._connections.call(self._sql.put, *args, writes=True):
+                    return []
                 waves = plan.apply_arguments(self._table, self._channel)
                 return await self._connections.call_many(self._sql.apply, waves, writes=True)
             except asyncpg.PostgresError as error:

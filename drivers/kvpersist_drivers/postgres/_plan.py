@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any, Final, TypeAlias
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from kvpersist.driver import ABSENT, Batch, Check, Put
 from kvpersist.errors import BadKey, BadRequest, KvError, ValueTooLarge
 from kvpersist_drivers.postgres._statements import MAX_KEY_BYTES, SEPARATOR, escaped
 
-__all__ = ["MAX_BATCH_BYTES", "MAX_VALUE_BYTES", "Plan"]
+__all__ = ["MAX_BATCH_BYTES", "MAX_VALUE_BYTES", "Plan", "Wave"]
 
 MAX_VALUE_BYTES: Final = 64 << 20  # PostgreSQL itself keeps 1 GB, and handles a value several times in memory
 MAX_BATCH_BYTES: Final = 256 << 20  # of values in one statement, whose message may have 1 GB
 
-# key as stored, act, number of the batch, expected version or b"" for absent, value, version, expiry
-_Row: TypeAlias = tuple[str, int, int, bytes | None, bytes | None, bytes, float | None]
-_CHECK, _PUT, _DELETE = range(3)
+# key as stored, number of the batch, expected version or b"" for absent, value or None to delete, version, expiry
+_Write: TypeAlias = tuple[str, int, bytes | None, bytes | None, bytes, float | None]
+_Check: TypeAlias = tuple[str, int, bytes]  # key as stored, number of the batch, expected version or b"" for absent
 _LOCKS: Final = 128  # more keys than that lock the table as a whole: locks are a resource of the server
-_NOTIFIED: Final = 7900  # bytes; a notification has less than 8,000
+
+
+class Wave(NamedTuple):
+    """Batches, by their numbers, whose conditions may see the same state, and what they have to do."""
+
+    batches: Sequence[int]
+    writes: Sequence[_Write]
+    checks: Sequence[_Check]
 
 
 class Plan:
@@ -27,17 +35,19 @@ class Plan:
     def __init__(self, now: float) -> None:
         self.places: list[int] = []  # of the batches, as the caller counts them
         self.size = 0  # bytes of the values
-        self.is_plain = True  # there are only puts, and none of them has a condition
         self._now = now
-        self._rows: list[_Row] = []
-        self._starts: list[int] = []  # of the batches in the rows
+        self._writes: list[_Write] = []
+        self._checks: list[_Check] = []
+        self._ends: list[tuple[int, int]] = []  # of each batch, in the writes and in the checks
+        self._only_puts = True  # and none of them has a condition
         self._conditional = False
 
     def add(self, place: int, batch: Batch) -> KvError | None:
         """Take ``batch`` in, unless it is empty; return why not."""
         number, version, size = len(self.places), batch.version, 0
-        rows: list[_Row] = []
-        plain, conditional = True, False
+        writes: list[_Write] = []
+        checks: list[_Check] = []
+        only_puts, conditional = True, False
         try:
             for op in batch.ops:
                 key, expect = escaped(op.key, MAX_KEY_BYTES), op.expect
@@ -46,79 +56,126 @@ class Plan:
                     expect = b"" if expect is ABSENT else expect
                     if len(expect) not in (0, 8):
                         return BadRequest(f"the version expected at {op.key!r} has {len(expect)} bytes instead of 8")
+                    if type(op) is Check:
+                        checks.append((key, number, expect))
+                        continue
+                    only_puts = False
                 if type(op) is Put:
                     value, expires = op.value, op.expires_at
                     if len(value) > MAX_VALUE_BYTES:
                         return ValueTooLarge(op.key, len(value), MAX_VALUE_BYTES)
                     if expires is None or expires > self._now:
                         size += len(value)
-                        rows.append((key, _PUT, number, expect, value, version, expires))
+                        writes.append((key, number, expect, value, version, expires))
                         continue
                     if expires != expires:
                         return BadRequest("an expiry is a number of seconds since 1970, not NaN")
-                plain = False
-                rows.append((key, _CHECK if type(op) is Check else _DELETE, number, expect, None, version, None))
+                only_puts = False
+                writes.append((key, number, expect, None, version, None))
         except BadKey as error:
             return error
         if size > 2 * MAX_BATCH_BYTES:
             return BadRequest(f"the values of one batch have {size} bytes, the limit is {2 * MAX_BATCH_BYTES}")
-        if rows:
+        if batch.ops:
             self.size += size
             self.places.append(place)
-            self._starts.append(len(self._rows))
-            self._rows += rows
+            self._writes += writes
+            self._checks += checks
+            self._ends.append((len(self._writes), len(self._checks)))
             self._conditional = self._conditional or conditional
-            self.is_plain = self.is_plain and plain and not conditional
+            self._only_puts = self._only_puts and only_puts
         return None
 
-    def put_arguments(self, table: int, channel: str | None) -> tuple[Any, ...]:
-        """Arguments of the statement ``put``."""
-        keys, _, _, _, values, versions, expiries = zip(*self._last(), strict=True)
-        told = None if channel is None else _payload(keys)
-        expiring = None if expiries.count(None) == len(keys) else expiries
-        return keys, values, versions, expiring, table, len(keys) > _LOCKS, channel, told
+    def put_arguments(self, table: int, channel: str | None) -> tuple[Any, ...] | None:
+        """Arguments of the statement ``put``; None where more is to be done than it can."""
+        if not self._only_puts or not self._writes:
+            return None
+        found = {key: version for key, _, version in self._checks}
+        keys, _, _, values, versions, expiries = _columns(self._last(), 6)
+        if found and not (
+            all(found.values())  # b"": nothing may be there
+            and all(found[key] == version for key, _, version in self._checks)
+            and found.keys().isdisjoint(keys)
+        ):
+            return None
+        what = "table" if len(keys) + len(found) > _LOCKS else "keys"
+        looked_at = (_joined(found), list(found.values())) if found else (None, None)
+        return table, what, _joined(keys), *looked_at, self._now, values, versions, _column(expiries), channel
 
     def apply_arguments(self, table: int, channel: str | None) -> list[tuple[Any, ...]]:
         """Arguments of the statement ``apply``: those of the locks, then those of each wave."""
-        waves = self._waves() if self._conditional else [self._last()]
-        acts: dict[str, int] = {}
-        for row in self._rows:
-            acts[row[0]] = acts.get(row[0], 0) or row[1]
-        what, locked = ("table", {}) if len(acts) > _LOCKS else ("keys", acts)
-        first = (table, what, list(locked), list(locked.values()), None, None, None, None, None, None, None)
-        return [first, *((table, None, *zip(*rows, strict=True), self._now, channel) for rows in waves)]
+        written = dict.fromkeys([write[0] for write in self._writes])
+        checked = dict.fromkeys([check[0] for check in self._checks])
+        if len(written.keys() | checked) > _LOCKS:
+            locks = (table, "table", None, None)
+        else:
+            locks = (table, "keys", _joined(written), _joined(checked))
+        sent: list[tuple[Any, ...]] = [(*locks, *[None] * 9)]
+        for number, wave in enumerate(self.waves()):
+            keys, batches, expects, values, versions, expiries = _columns(wave.writes, 6)
+            writes = (batches, _column(expects), values, versions, _column(expiries))
+            looked_at, of, found = _columns(_shared(wave, number), 3)
+            sent.append((table, None, _joined(keys), _joined(looked_at), *writes, of, found, self._now, channel))
+        return sent
 
-    def position(self, batch: int, key: str) -> int:
-        """Which operation of a batch is about the stored ``key``."""
-        start = self._starts[batch]
-        return next(at for at, row in enumerate(self._rows[start:]) if row[0] == key)
+    def places_of(self, number: int) -> list[int]:
+        """The places of those whom an answer of ``apply`` is about: a batch, or below 0 all of a wave."""
+        return [self.places[batch] for batch in (self.waves()[-1 - number].batches if number < 0 else [number])]
 
-    def _last(self) -> list[_Row]:
-        """Of several operations on a key the last one counts, where none has a condition."""
-        last = {row[0]: row for row in self._rows}
-        return self._rows if len(last) == len(self._rows) else list(last.values())
-
-    def _waves(self) -> list[list[_Row]]:
+    def waves(self) -> list[Wave]:
         """Batches whose conditions may see the same state, in as few groups as keep the order of the list."""
-        waves: list[list[_Row]] = []
+        everything = Wave(range(len(self.places)), self._writes, self._checks)
+        if not self._conditional:
+            return [everything._replace(writes=self._last())]
+        keys = {write[0] for write in self._writes}
+        if len(keys) == len(self._writes) and keys.isdisjoint([check[0] for check in self._checks]):
+            return [everything]
+        waves: list[tuple[list[int], list[_Write], list[_Check]]] = []
         written: dict[str, int] = {}  # key -> the first wave that sees what was written
         looked_at: dict[str, int] = {}  # key -> the last wave in which something looks at it
-        for start, end in zip(self._starts, [*self._starts[1:], len(self._rows)], strict=True):
-            rows = self._rows[start:end]
-            wave = 0
-            for key, act, *_ in rows:
-                wave = max(wave, written.get(key, 0), looked_at.get(key, 0) if act else 0)
-            for key, act, *_ in rows:
+        start = (0, 0)
+        for number, end in enumerate(self._ends):
+            writes, checks = self._writes[start[0] : end[0]], self._checks[start[1] : end[1]]
+            start, wave = end, 0
+            for key, *_ in checks:
+                wave = max(wave, written.get(key, 0))
+            for key, *_ in writes:
+                wave = max(wave, written.get(key, 0), looked_at.get(key, 0))
+            for key, *_ in (*writes, *checks):
                 looked_at[key] = max(wave, looked_at.get(key, 0))
-                if act:
-                    written[key] = wave + 1
+            for key, *_ in writes:
+                written[key] = wave + 1
             if wave == len(waves):
-                waves.append([])
-            waves[wave] += rows
-        return waves
+                waves.append(([], [], []))
+            waves[wave][0].append(number)
+            waves[wave][1].extend(writes)
+            waves[wave][2].extend(checks)
+        return [Wave(*wave) for wave in waves]
+
+    def _last(self) -> list[_Write]:
+        """Of several writes of a key the last one counts, where none has a condition."""
+        last = {write[0]: write for write in self._writes}
+        return self._writes if len(last) == len(self._writes) else list(last.values())
 
 
-def _payload(keys: Collection[str]) -> str:
-    """What is notified of a change of ``keys``; empty where they are too many to be named."""
-    text = SEPARATOR.join(keys)
-    return text if len(text) * 4 < _NOTIFIED or len(text.encode()) < _NOTIFIED else ""
+def _shared(wave: Wave, number: int) -> list[_Check]:
+    """The checks of a wave; one that each of its batches makes is there once, for all of them."""
+    checks = wave.checks
+    times = Counter([(key, version) for key, _, version in checks])
+    everybody = {check for check, count in times.items() if count == len(wave.batches)}
+    return [(key, -1 - number, version) for key, version in everybody] + [
+        check for check in checks if (check[0], check[2]) not in everybody
+    ]
+
+
+def _joined(keys: Iterable[str]) -> str:
+    return SEPARATOR.join(keys)
+
+
+def _columns(rows: Sequence[tuple[Any, ...]], width: int) -> Sequence[Sequence[Any]]:
+    return list(zip(*rows, strict=True)) or [()] * width
+
+
+def _column(values: Sequence[Any]) -> Sequence[Any] | None:
+    """``values``, or None where they all are: the server then fills the column."""
+    return None if values.count(None) == len(values) else values

@@ -13,7 +13,7 @@ __all__ = ["COLUMNS", "MAX_KEY_BYTES", "SEPARATOR", "Statements", "escaped", "un
 
 MAX_KEY_BYTES: Final = 2692  # as stored: an entry of a B-tree has 2,704 bytes, 12 of them its heads
 COLUMNS: Final = "expires_at double precision, key text C, value bytea, version bytea"
-SEPARATOR: Final = "\x01\x03"  # of keys in a notification; no stored key holds it
+SEPARATOR: Final = "\x01\x03"  # of keys that are sent as one text; no stored key holds it
 
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 _TEXTS: Final = {
@@ -33,7 +33,7 @@ class Statements:
         self.schema = None if schema is None else f'"{schema}"'
         self.table = f'"{table}"' if schema is None else f'"{schema}"."{table}"'
         index = f"{table}_expires_at" if len(table) <= 52 else f"{table[:43]}_{crc32(table.encode()):08x}_expires_at"
-        self._names = {"{table}": self.table, "{index}": f'"{index}"'}
+        self._names = {"{locks}": _TEXTS["locks"], "{table}": self.table, "{index}": f'"{index}"'}
         self._scans: dict[tuple[str, bool, bool, bool], str] = {}
         self.server, self.columns = _TEXTS["server"], _TEXTS["columns"]
         self.provision, self.get, self.put = self._named("provision"), self._named("get"), self._named("put")
@@ -63,17 +63,20 @@ def escaped(key: str, limit: int | None = None) -> str:
     ``\x01`` becomes ``\x01\x02`` and NUL ``\x01\x01``, which keeps the order and is not ambiguous.
 
     Raises:
-        BadKey: it holds a lone surrogate. KeyTooLong: as stored it has more than ``limit`` bytes.
+        BadKey: it holds a lone surrogate. With a ``limit`` also, BadKey: it is empty; KeyTooLong: as stored it has
+            more bytes.
     """
     stored = key
     if "\0" in key or "\1" in key:
         stored = key.replace("\1", "\1\2").replace("\0", "\1\1")
-    if stored.isascii() and (limit is None or len(stored) <= limit):
+    if stored.isascii() and (limit is None or 0 < len(stored) <= limit):
         return stored
     try:
         size = len(stored.encode())
     except UnicodeEncodeError as error:
         raise BadKey(key, "no UTF-8 text: it holds a lone surrogate") from error
+    if limit is not None and not size:
+        raise BadKey(key, "a key is a text that is not empty")
     if limit is not None and size > limit:
         raise KeyTooLong(key, size, limit)
     return stored

@@ -30,73 +30,98 @@ SELECT
 
 --- get
 SELECT key, value, version, expires_at FROM {table}
-WHERE key = any($1::text[]) AND (expires_at IS NULL OR expires_at > $2::float8)
+WHERE key = any(string_to_array($1::text, E'\x01\x03')) AND (expires_at IS NULL OR expires_at > $2::float8)
 
---- put
--- Puts without conditions. $1..$4: columns; $5: the table's number; $6: whether to lock it as a whole;
--- $7, $8: the channel, and what is told there. Locks come first, in the order of their numbers.
-WITH held AS MATERIALIZED (
-    SELECT
-        count(CASE
-            WHEN l IS NOT NULL THEN pg_advisory_xact_lock($5::int4, l)::text
-            WHEN $6::bool THEN pg_advisory_xact_lock($5::int4, 1)::text
-            ELSE pg_advisory_xact_lock_shared($5::int4, 1)::text
-        END) AS n,
-        CASE WHEN $8::text IS NOT NULL THEN pg_notify($7::text, $8::text)::text END AS told
-    FROM unnest(array_prepend(NULL, ARRAY(
-        SELECT DISTINCT coalesce(nullif(hashtext(k COLLATE "C"), 1), 2)
-        FROM unnest($1::text[]) AS k WHERE NOT $6::bool ORDER BY 1
-    ))) AS l
-)
-INSERT INTO {table} (key, value, version, expires_at)
-SELECT u.* FROM held, unnest($1::text[], $2::bytea[], $3::bytea[], $4::float8[]) AS u WHERE held.n > 0
-ON CONFLICT (key) DO UPDATE
-SET value = excluded.value, version = excluded.version, expires_at = excluded.expires_at
-
---- apply
--- Executed several times in one transaction and one round trip, each time on a fresh snapshot: first, with $2,
--- for the locks of all keys; then once for each wave of batches. $1: the table's number; $3..$9: the operations;
--- $10: now; $11: the channel. Answers the operations whose condition does not hold.
-WITH op AS MATERIALIZED (
-    SELECT * FROM unnest($3::text[], $4::int4[], $5::int4[], $6::bytea[], $7::bytea[], $8::bytea[], $9::float8[])
-    AS op (key, act, batch, expect, value, version, expires_at)
-    WHERE $2::text IS NULL
-), failed AS MATERIALIZED (
-    SELECT op.batch, op.key, live.version
-    FROM op LEFT JOIN {table} AS live
-        ON live.key = op.key AND (live.expires_at IS NULL OR live.expires_at > $10::float8)
-    WHERE op.expect IS NOT NULL AND coalesce(live.version, '') <> op.expect
-), done AS MATERIALIZED (
-    SELECT * FROM op WHERE act > 0 AND batch NOT IN (SELECT batch FROM failed)
-), put AS (
-    INSERT INTO {table} (key, value, version, expires_at)
-    SELECT key, value, version, expires_at FROM done WHERE act = 1
-    ON CONFLICT (key) DO UPDATE
-    SET value = excluded.value, version = excluded.version, expires_at = excluded.expires_at
-), deleted AS (
-    DELETE FROM {table} AS t USING done WHERE t.key = done.key AND done.act = 2
-), changed AS (
-    SELECT string_agg(key, E'\x01\x03') AS keys FROM done WHERE $11::text IS NOT NULL
-)
-SELECT batch, key, version FROM failed
-UNION ALL
-SELECT NULL, NULL, NULL FROM changed WHERE keys IS NOT NULL
-    AND pg_notify($11::text, CASE WHEN octet_length(keys) < 7900 THEN keys ELSE '' END)::text IS NULL
-UNION ALL
-SELECT NULL, NULL, NULL FROM unnest(CASE WHEN $2::text IS NOT NULL THEN array_prepend(NULL, ARRAY(
-    SELECT number * 2 + bool_or(act > 0)::int
-    FROM (
-        SELECT coalesce(nullif(hashtext(key COLLATE "C"), 1), 2)::int8 AS number, act
-        FROM unnest($3::text[], $4::int4[]) AS op (key, act) WHERE $2::text = 'keys'
-    ) AS wanted
-    GROUP BY number ORDER BY number
-)) END) AS l
-WHERE CASE
+--- locks
+-- Takes the locks of a transaction, in the order of their numbers, a row for each. $1: the table's number;
+-- $2: 'keys', 'table' to lock it as a whole, NULL for none; $3, $4: the keys to write, and those only to look at.
+SELECT CASE
     WHEN l IS NULL AND $2::text = 'table' THEN pg_advisory_xact_lock($1::int4, 1)::text
     WHEN l IS NULL THEN pg_advisory_xact_lock_shared($1::int4, 1)::text
     WHEN l & 1 = 1 THEN pg_advisory_xact_lock($1::int4, (l >> 1)::int4)::text
     ELSE pg_advisory_xact_lock_shared($1::int4, (l >> 1)::int4)::text
-END IS NULL
+END AS taken
+FROM unnest(CASE WHEN $2::text IS NOT NULL THEN array_prepend(NULL, ARRAY(
+    SELECT max(coalesce(nullif(hashtext(key COLLATE "C"), 1), 2)::int8 * 2 + writes)
+    FROM (
+        SELECT unnest(string_to_array($3::text, E'\x01\x03')) AS key, 1 AS writes
+        UNION ALL
+        SELECT unnest(string_to_array($4::text, E'\x01\x03')), 0
+    ) AS wanted
+    WHERE $2::text = 'keys'
+    GROUP BY coalesce(nullif(hashtext(key COLLATE "C"), 1), 2) ORDER BY 1
+)) END) AS l
+
+--- put
+-- Puts without conditions, and checks that all of them need. $1..$4: the locks, and so the keys; $5: the versions to
+-- be found; $6: now; $7..$9: columns; $10: the channel. Answers the keys that are in the way; then it did nothing.
+-- The snapshot is older than the locks, but who changed an entry since has left its mark on the one that is seen:
+-- xmax, which is xmin where the entry was itself an update. Some marks say nothing: `apply` looks again.
+WITH held AS MATERIALIZED (
+    SELECT count(taken) AS n FROM ({locks}) AS l
+), failed AS MATERIALIZED (
+    SELECT wanted.key
+    FROM held, unnest(CASE WHEN n > 0 THEN string_to_array($4::text, E'\x01\x03') END, $5::bytea[])
+        AS wanted (key, version)
+    WHERE wanted.version IS DISTINCT FROM (
+        SELECT live.version FROM {table} AS live
+        WHERE live.key = wanted.key AND (live.expires_at IS NULL OR live.expires_at > $6::float8)
+            AND (live.xmax = '0' OR live.xmax = live.xmin)
+    )
+), put AS (
+    INSERT INTO {table} (key, value, version, expires_at)
+    SELECT op.*
+    FROM held, unnest(string_to_array($3::text, E'\x01\x03'), $7::bytea[], $8::bytea[], $9::float8[]) AS op
+    WHERE n > 0 AND NOT EXISTS (SELECT FROM failed)
+    ON CONFLICT (key) DO UPDATE
+    SET value = excluded.value, version = excluded.version, expires_at = excluded.expires_at
+)
+SELECT key FROM failed
+UNION ALL
+SELECT NULL WHERE $10::text IS NOT NULL AND NOT EXISTS (SELECT FROM failed)
+    AND pg_notify($10::text, CASE WHEN octet_length($3::text) < 7900 THEN $3::text ELSE '' END)::text IS NULL
+
+--- apply
+-- Executed several times in one transaction and one round trip, each time on a fresh snapshot: first, with $2, for
+-- the locks; then once for each wave of batches. $1..$4: the locks, and so the keys; $5..$9: the writes, of which
+-- those without a value delete; $10, $11: the checks, a negative batch is all of a wave; $12: now; $13: the channel.
+-- Answers the operations whose condition does not hold.
+WITH op AS MATERIALIZED (
+    SELECT * FROM unnest(string_to_array($3::text, E'\x01\x03'),
+                         $5::int4[], $6::bytea[], $7::bytea[], $8::bytea[], $9::float8[])
+    AS op (key, batch, expect, value, version, expires_at)
+    WHERE $2::text IS NULL
+), failed AS MATERIALIZED (
+    SELECT wanted.batch, wanted.key, live.version
+    FROM (
+        SELECT key, batch, expect
+        FROM unnest(string_to_array($4::text, E'\x01\x03'), $10::int4[], $11::bytea[]) AS wanted (key, batch, expect)
+        WHERE $2::text IS NULL
+        UNION ALL
+        SELECT key, batch, expect FROM op WHERE expect IS NOT NULL
+    ) AS wanted
+    LEFT JOIN {table} AS live
+        ON live.key = wanted.key AND (live.expires_at IS NULL OR live.expires_at > $12::float8)
+    WHERE coalesce(live.version, '') <> wanted.expect
+), done AS MATERIALIZED (
+    SELECT * FROM op
+    WHERE batch NOT IN (SELECT batch FROM failed) AND NOT EXISTS (SELECT FROM failed WHERE batch < 0)
+), put AS (
+    INSERT INTO {table} (key, value, version, expires_at)
+    SELECT key, value, version, expires_at FROM done WHERE value IS NOT NULL
+    ON CONFLICT (key) DO UPDATE
+    SET value = excluded.value, version = excluded.version, expires_at = excluded.expires_at
+), deleted AS (
+    DELETE FROM {table} AS t USING done WHERE t.key = done.key AND done.value IS NULL
+), changed AS (
+    SELECT string_agg(key, E'\x01\x03') AS keys FROM done WHERE $13::text IS NOT NULL
+)
+SELECT batch, key, version FROM failed
+UNION ALL
+SELECT NULL, NULL, NULL FROM changed WHERE keys IS NOT NULL
+    AND pg_notify($13::text, CASE WHEN octet_length(keys) < 7900 THEN keys ELSE '' END)::text IS NULL
+UNION ALL
+SELECT NULL, NULL, NULL FROM ({locks}) AS l WHERE taken IS NULL
 
 --- scan
 SELECT key, value, version, expires_at FROM {table}

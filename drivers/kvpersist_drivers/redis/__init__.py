@@ -85,6 +85,7 @@ class RedisDriver:
             reverse=True,
             deref=True,
             coalesce="both",
+            overlap="writes",
             ttl="native",
             shared=True,
             max_value_bytes=MAX_VALUE_BYTES,
@@ -148,10 +149,13 @@ class RedisDriver:
         answers: list[Committed | KvError] = []
         plans: dict[str, Plan] = {}
         for at, batch in enumerate(batches):
-            space = space_of(batch.ops[0].key) if sharded and batch.ops else ""
+            if not batch.ops:
+                answers.append(Committed(batch.version))
+                continue
+            space = space_of(batch.ops[0].key)
             plan = plans.get(space)
             if plan is None:
-                plan = plans[space] = Plan(self._base, sharded=sharded, tells=self._tells)
+                plan = plans[space] = Plan(self._base, space, sharded=sharded, tells=self._tells)
             answers.append(plan.add(batch, at) or Committed(batch.version))
         left = [(space, plan) for space, plan in plans.items() if plan.places]
         if not left:
@@ -164,7 +168,8 @@ class RedisDriver:
             Request(slot_of(self._names(space).prefix) if sharded else 0, plan.words(), COMMIT) for space, plan in left
         ]
         outcomes = await self._servers.ask(requests, writes=True) if requests else []
-        if len(plans) == 1 and outcomes and isinstance(outcomes[0], KvError):
+        kinds: set[type[Any]] = {type(outcome) for outcome in outcomes}
+        if len(left) == len(plans) and len(kinds) == 1 and isinstance(outcomes[0], KvError):  # it is everybody's
             raise _unknown(outcomes[0])
         for (_, plan), outcome in zip(left, outcomes, strict=True):
             if isinstance(outcome, KvError):
@@ -173,8 +178,8 @@ class RedisDriver:
                 continue
             for at in range(0, len(outcome), 3):
                 number, position, found = outcome[at : at + 3]
-                place = plan.places[int(number) - 1]
-                answers[place] = self._failure(batches[place], position, found)
+                for place in [plan.places[int(number) - 1]] if number else plan.places:
+                    answers[place] = self._failure(batches[place], position, found)
         return answers
 
     async def scan(

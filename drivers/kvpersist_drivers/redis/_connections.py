@@ -141,6 +141,7 @@ class Connections:
                 raise
             except (RedisError, OSError) as error:
                 await connection.disconnect(nowait=True)
+                await self._doubt()
                 if is_full(error):  # it is the server's greeting, and all it ever said
                     raise TooManyClients(f"{self.where}: {error}") from error
                 if self._closed and not writes:
@@ -246,11 +247,17 @@ class Connections:
                 if not await connection.can_read():
                     return connection
                 await connection.disconnect(nowait=True)  # the server closed it meanwhile
+                await self._doubt()
             await self._connect(connection)
         except BaseException:
             self._rest(connection)
             raise
         return connection
+
+    async def _doubt(self) -> None:
+        """Close what is idle: what ended one connection may have ended all, and the next call is to find a good one."""
+        for connection, _ in list(self._idle):
+            await connection.disconnect(nowait=True)
 
     async def _made(self) -> AbstractConnection:
         """Take one more connection out of the pool."""

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple, cast
+from typing import Final, NamedTuple
 
-from kvpersist.driver import ABSENT, HEADER_BYTES, Batch, Check, Put, milliseconds, packed_header
+from kvpersist.driver import HEADER_BYTES, Batch, Check, Expect, Put, milliseconds, packed_header
 from kvpersist.errors import BadKey, BadRequest, KvError, Unsupported, ValueTooLarge
 
 __all__ = ["MAX_VALUE_BYTES", "Names", "Plan", "names_of", "space_of"]
 
 MAX_VALUE_BYTES: Final = (512 << 20) - HEADER_BYTES  # of a string in Redis, unless configured otherwise
 
-_CHECK, _PUT, _EXPIRING, _DELETE = range(4)
-_IF_ABSENT, _IF_VERSION = 4, 8  # added to the kind
-_SHARDED, _TELLS = 1, 2  # of the whole
+_END, _CHECK_ABSENT, _PUT_NEW, _PUT, _PUT_OVER, _CHECK_VERSION, _DELETE_VERSION, _DELETE = range(8)
+_SHARDED, _TELLS, _EXPIRES, _DISTINCT = 1, 2, 4, 8  # of the whole
 
 
 class Names(NamedTuple):
@@ -36,30 +35,30 @@ def space_of(key: str) -> str:
 
 
 class Plan:
-    """Collects batches. One that cannot be kept is refused by itself and leaves nothing in the plan.
+    """Collects batches of one namespace. One that cannot be kept is refused by itself, and nothing of it is done.
 
-    ``sharded``: what the script may touch are names of its one namespace. ``tells``: of the changes.
+    ``sharded``: the set of namespaces may be another server's. ``tells``: of the changes.
     """
 
-    def __init__(self, base: str, *, sharded: bool, tells: bool) -> None:
+    def __init__(self, base: str, space: str, *, sharded: bool, tells: bool) -> None:
         self.places: list[int] = []  # what `add` was told of each batch that is in
         self._base = base
+        self._space = space
         self._sharded = sharded
         self._flags = _SHARDED * sharded + _TELLS * tells
-        self._spaces: dict[str, _Space] = {}
         self._steps = bytearray()
-        self._names: list[str] = []
-        self._values: list[str | bytes | int] = []
+        self._names: tuple[list[str], ...] = ([], [], [], [], [], [], [], [])  # by kind, as what follows
+        self._values: tuple[list[bytes], ...] = ([], [], [], [], [])
+        self._versions: tuple[list[bytes], ...] = ([], [], [], [], [], [], [])
+        self._checks: dict[str, tuple[Expect, bytes]] = {}  # the last of each key, and its step
 
     @property
     def has_puts(self) -> bool:
-        return any(space.has_puts for space in self._spaces.values())
+        return any(self._values)
 
     def add(self, batch: Batch, place: int) -> KvError | None:
-        """Take ``batch`` in, unless it is empty; return why not."""
-        if not batch.ops:
-            return None
-        taken = len(self._names), len(self._values), len(self._steps)
+        """Take ``batch`` in, which is not empty; return why not."""
+        before = len(self._steps)
         try:
             self._add(batch)
         except UnicodeEncodeError as error:
@@ -67,70 +66,93 @@ class Plan:
         except (BadRequest, Unsupported) as error:
             refused = error
         else:
+            self._steps.append(_END)
             self.places.append(place)
             return None
-        del self._names[taken[0] :], self._values[taken[1] :], self._steps[taken[2] :]
+        self._take_back(before)
         return refused
 
     def _add(self, batch: Batch) -> None:
-        ops, names, values, steps = batch.ops, self._names, self._values, self._steps
-        first = ops[0].key
-        text = first[: max(first.find(":"), 0)]
-        space = self._spaces.get(text)
-        if space is None:
-            space = self._spaces[text] = _Space(self._base, text, len(self._spaces) + 1)
-        start, prefix, cut = space.start, space.prefix, len(text)
-        steps += space.number + len(ops).to_bytes(3, "big")
-        header = b""
-        for op in ops:
-            key, expect, kind = op.key, op.expect, type(op)
-            if not (key.startswith(start) if text else key.find(":") <= 0):
+        space, names, values, steps = self._space, self._names, self._values, self._steps
+        start, cut, prefix = space + ":", len(space), f"{self._base}:{{.{space}}}"
+        lasting = packed_header(batch.version, 0)
+        for op in batch.ops:
+            key, expect = op.key, op.expect
+            if not key.startswith(start) and (space or ":" in key):
+                first = batch.ops[0].key
                 raise Unsupported("a batch across namespaces", f"{first!r} and {key!r} cannot be written together")
             if not key.isascii():
                 key.encode()
-            names.append(prefix + key[cut:])
-            condition = 0 if expect is None else _IF_ABSENT if expect is ABSENT else _IF_VERSION
-            if kind is Check:
-                steps.append(_CHECK + condition)
-            elif isinstance(op, Put):
+            if type(op) is Put:
                 value, expires_at = op.value, op.expires_at
                 if len(value) > MAX_VALUE_BYTES:
                     raise ValueTooLarge(key, len(value), MAX_VALUE_BYTES)
-                if expires_at is None:
-                    header = header or packed_header(batch.version, 0)
-                    steps.append(_PUT + condition)
-                    values.append(header + value)
+                header = lasting if expires_at is None else self._expiring(batch.version, expires_at)
+                if expect is None:
+                    kind = _PUT
+                elif type(expect) is bytes:
+                    kind = _PUT_OVER
+                    self._expect(kind, key, expect)
                 else:
-                    expires_ms = milliseconds(expires_at)
-                    steps.append(_EXPIRING + condition)
-                    values += (expires_ms, packed_header(batch.version, expires_ms) + value)
-                space.has_puts = True
+                    kind = _PUT_NEW
+                values[kind].append(header + value)
+            elif type(op) is Check:
+                known = self._checks.get(key)
+                steps += known[1] if known is not None and known[0] == expect else self._check(key, op.expect)
+                continue
+            elif type(expect) is bytes:
+                kind = _DELETE_VERSION
+                self._expect(kind, key, expect)
             else:
-                steps.append(_DELETE + condition)
-            if condition == _IF_VERSION:
-                version = cast(bytes, expect)
-                if len(version) != 8:
-                    raise BadRequest(f"the version expected at {key!r} has {len(version)} bytes instead of 8")
-                steps += version
+                kind = _DELETE
+            names[kind].append(prefix + key[cut:])
+            steps.append(kind)
+
+    def _expiring(self, version: bytes, expires_at: float) -> bytes:
+        header = packed_header(version, milliseconds(expires_at))
+        self._flags |= _EXPIRES
+        return header
+
+    def _expect(self, kind: int, key: str, version: bytes) -> None:
+        if len(version) != 8:
+            raise BadRequest(f"the version expected at {key!r} has {len(version)} bytes instead of 8")
+        self._versions[kind].append(version)
+
+    def _check(self, key: str, expect: Expect) -> bytes:
+        """The step of a new check; others that check the same share it."""
+        kind = _CHECK_ABSENT
+        if type(expect) is bytes:
+            kind = _CHECK_VERSION
+            self._expect(kind, key, expect)
+        step = bytes((kind,)) + len(self._names[kind]).to_bytes(3, "big")
+        self._names[kind].append(f"{self._base}:{{.{self._space}}}{key[len(self._space) :]}")
+        self._checks[key] = expect, step
+        return step
+
+    def _take_back(self, before: int) -> None:
+        """Forget the steps from ``before`` on; what they check stays, for others."""
+        at = before
+        while at < len(self._steps):
+            kind = self._steps[at]
+            if kind in (_CHECK_ABSENT, _CHECK_VERSION):
+                at += 4
+                continue
+            for of_kind in (self._names, self._values, self._versions):
+                if kind < len(of_kind) and of_kind[kind]:
+                    of_kind[kind].pop()
+            at += 1
+        del self._steps[before:]
 
     def words(self) -> tuple[str | bytes | int, ...]:
         """Return the number of KEYS of the script, these, and ARGV."""
-        keys: list[str] = [] if self._sharded else [f"{self._base}:#"]
-        for space in self._spaces:
-            names = names_of(self._base, space)
-            keys += names[1:] if keys else (names.lex, *names[1:])
-        has_puts = bytes([space.has_puts for space in self._spaces.values()])
-        plan = bytes((self._flags,)) + len(self._spaces).to_bytes(2, "big") + has_puts + bytes(self._steps)
-        return (len(keys) + len(self._names), *keys, *self._names, plan, *self._spaces, *self._values)
-
-
-class _Space:
-    """A namespace of a plan."""
-
-    __slots__ = ("has_puts", "number", "prefix", "start")
-
-    def __init__(self, base: str, text: str, number: int) -> None:
-        self.start = f"{text}:"  # of its keys
-        self.prefix = f"{base}:{{.{text}}}"  # of their names, less the namespace
-        self.number = number.to_bytes(2, "big")
-        self.has_puts = False
+        _, index, expiries = names_of(self._base, self._space)
+        keys = [index if self._sharded else f"{self._base}:#", index, expiries]
+        ends = bytearray()
+        for names in self._names[1:]:
+            keys += names
+            ends += len(keys).to_bytes(3, "big")
+        distinct = len({*keys}) == len(keys) - self._sharded
+        plan = bytes((self._flags + _DISTINCT * distinct,)) + ends + self._steps
+        versions = b"".join([version for of_kind in self._versions for version in of_kind])
+        values = [value for of_kind in self._values for value in of_kind]
+        return (len(keys), *keys, plan, self._space, versions, *values)

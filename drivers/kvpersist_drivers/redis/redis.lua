@@ -1,160 +1,201 @@
 --- commit
--- One drain of batches, answered by those that failed, three items each: its number from 1; the
--- position of a condition and the version found there, or -1 (-2: part of it was written) and the
--- server's error. A batch happens whole or not at all: its conditions are read before its first write,
--- and what can refuse a write (memory, a user's rights, an index that is none) refuses the first one,
--- which for every namespace with puts is SADD, or ZADD of nothing. A replica refuses all of it.
+-- One drain of one namespace's batches, answered by those that failed, three items each: its number from 1;
+-- the position of a condition and the version found there, or -1 and why the batch was refused. A first
+-- item of number 0 and position -2: all the others may have been written in part, and the server's error.
+-- A batch happens whole or not at all: every condition is read before the first write, what can refuse a
+-- write (memory, a user's rights, a replica, an index that is none) refuses the first one, and all values
+-- that do not expire are written by that one.
 --
--- KEYS: the set of namespaces; index and expiries of each namespace; one name for each operation
--- ARGV: the plan; each namespace's text; then for each put its value, behind its expiry if it has one
--- The plan, in bytes: 1 if the set of namespaces is another server's, and KEYS[1] is any name, + 2 if
--- changes are published (1); namespaces (2), for each whether it has puts (1); then for every batch its
--- namespace (2), operations (3), and for each operation kind + 4 * condition (1), the version expected (8)
--- where the condition is 2. Kinds: 0 check, 1 put, 2 expiring put, 3 delete. Conditions: 0 none, 1 absent, 2 version.
-local byte, sub, call, pcall = string.byte, string.sub, redis.call, redis.pcall
-local plan, at = ARGV[1], 4
+-- KEYS: the set of namespaces, index, expiries; then the names of all operations of kind 1, of kind 2, ...
+-- ARGV: the plan; the namespace's text; the versions expected (kinds 4, 5, 6); the values (kinds 2, 3, 4)
+-- The kinds: 1 check for absence, 2 put where absent, 3 put, 4 put over a version, 5 check for a version,
+-- 6 delete a version, 7 delete.
+-- The plan, in bytes: the sum of 1 if the set of namespaces is another server's, and KEYS[1] is any name,
+-- 2 if changes are published, 4 if some values expire, 8 if no name occurs twice (1); the number of the
+-- last operation of each kind (3); then each batch: the kind of each operation, with the number of what is
+-- checked behind it (3), as several batches may check the same, and 0 (1).
+local byte, sub, pcall = string.byte, string.sub, redis.pcall
+local plan, index = ARGV[1], KEYS[2]
 local flags = byte(plan, 1)
-local sharded, tells = flags % 2 == 1, flags > 1
-local spaces = byte(plan, 2) * 256 + byte(plan, 3)
-local key, arg = 1 + 2 * spaces, 1 + spaces
-local unusable, full, members, expiring = {}, {}, {}, {}
-for s = 1, spaces do
-  local size = pcall('ZCARD', KEYS[2 * s])
-  if type(size) == 'table' then
-    unusable[s] = size.err
-  elseif byte(plan, at) == 1 then
-    local added
-    if sharded then
-      added = pcall('ZADD', KEYS[2 * s], 'XX', 0, '')
-    else
-      added = pcall('SADD', KEYS[1], ARGV[1 + s])
-    end
-    if type(added) == 'table' then
-      if string.find(added.err, 'READONLY', 1, true) then return {err = 'READONLY it is a replica'} end
-      full[s] = added.err
-    end
-  end
-  members[s] = {}
-  at = at + 1
+local sharded, tells, timed, distinct = flags % 2 > 0, flags % 4 > 1, flags % 8 > 3, flags > 7
+local function number(at)
+  local a, b, c = byte(plan, at, at + 2)
+  return (a * 256 + b) * 256 + c
 end
+local last = {[0] = 3}
+for kind = 1, 7 do last[kind] = number(3 * kind - 1) end
+local to_value, to_version = 3 - last[1], 1 - 8 * (last[3] + 1) -- of what is behind KEYS[i]: ARGV[i + ..], 8 * i + ..
 
 local clock
 local function now()
   if not clock then
-    local time = call('TIME')
+    local time = redis.call('TIME')
     clock = time[1] * 1000 + math.floor(time[2] / 1000)
   end
   return clock
 end
 
-local failed, number = {}, 0
-local kinds, args = {}, {}
-local seen = {} -- versions of what is checked, as many batches check the same
-while at <= #plan do
-  local s = byte(plan, at) * 256 + byte(plan, at + 1)
-  local count = (byte(plan, at + 2) * 256 + byte(plan, at + 3)) * 256 + byte(plan, at + 4)
-  local position, found = nil, unusable[s]
-  number, at = number + 1, at + 5
-  if found then position = -1 end
-  for i = 1, count do
-    local code = byte(plan, at)
-    local kind = code % 4
-    kinds[i], args[i] = kind, arg
+local function expiry(value) -- in milliseconds, 0 for never, as the header has it
+  local a, b, c, d, e, f, g, h = byte(value, 9, 16)
+  return ((((((a * 256 + b) * 256 + c) * 256 + d) * 256 + e) * 256 + f) * 256 + g) * 256 + h
+end
+
+local function is_past(value)
+  local at = timed and expiry(value) or 0
+  return at > 0 and at <= now()
+end
+
+local unusable, full = pcall('ZCARD', index), nil
+unusable = type(unusable) == 'table' and unusable.err
+if last[4] > last[1] and not unusable then
+  if sharded then
+    full = pcall('ZADD', index, 'XX', '0', '')
+  else
+    full = pcall('SADD', KEYS[1], ARGV[2])
+  end
+  full = type(full) == 'table' and full.err
+  if full and string.find(full, 'READONLY', 1, true) then return {err = 'READONLY it is a replica'} end
+end
+
+-- Where all conditions hold, and no batch touches what another one does, all of them happen.
+local hold = distinct and not unusable and not full
+for first = 4, last[2], 4000 do
+  hold = hold and pcall('EXISTS', unpack(KEYS, first, math.min(first + 3999, last[2]))) == 0
+end
+for i = last[3] + 1, last[6] do
+  local at = 8 * i + to_version
+  hold = hold and pcall('GETRANGE', KEYS[i], '0', '7') == sub(ARGV[3], at, at + 7)
+end
+
+local failed, final = {}, nil -- which of KEYS had the last word on a name
+if not hold then
+  final = {}
+  local stored, following, batch, at = {}, {}, 0, 23
+  for kind = 1, 7 do following[kind] = last[kind - 1] + 1 end
+  local function version(name)
+    local i = final[name]
+    if i then return i <= last[4] and not is_past(ARGV[i + to_value]) and sub(ARGV[i + to_value], 1, 8) or '' end
+    if not stored[name] then
+      local found = pcall('GETRANGE', name, '0', '7')
+      stored[name] = type(found) == 'string' and found or ''
+    end
+    return stored[name]
+  end
+  while at <= #plan do
+    local position, found, count, written = unusable and -1, unusable, 0, {}
+    batch = batch + 1
+    local kind = byte(plan, at)
+    while kind > 0 do
+      local i
+      if kind == 1 or kind == 5 then
+        i = last[kind - 1] + 1 + number(at + 1)
+        at = at + 3
+      else
+        i = following[kind]
+        following[kind] = i + 1
+        written[#written + 1] = i
+      end
+      if not position and full and kind > 1 and kind < 5 then position, found = -1, full end
+      if not position and kind ~= 3 and kind ~= 7 then
+        local expected = kind > 3 and sub(ARGV[3], 8 * i + to_version, 8 * i + to_version + 7) or ''
+        found = version(KEYS[i])
+        if found ~= expected then position = count end
+      end
+      at, count = at + 1, count + 1
+      kind = byte(plan, at)
+    end
     at = at + 1
-    if kind == 1 then arg = arg + 1 elseif kind == 2 then arg = arg + 2 end
-    if full[s] and not position and (kind == 1 or kind == 2) then position, found = -1, full[s] end
-    if code > 3 then
-      local expected = ''
-      if code > 7 then
-        expected = sub(plan, at, at + 7)
-        at = at + 8
-      end
-      if not position then
-        local name = KEYS[key + i]
-        found = kind == 0 and seen[name] or pcall('GETRANGE', name, 0, 7)
-        if type(found) == 'table' then found = '' end
-        if kind == 0 then seen[name] = found end
-        if found ~= expected then position = i - 1 end
-      end
-    end
-  end
-  if not position then
-    local here, from, wrote = members[s], #KEYS[2 * s], false
-    for i = 1, count do
-      local kind, name, value = kinds[i], KEYS[key + i], args[i] + 1
-      if kind == 2 and tonumber(ARGV[value]) <= now() then kind = 3 end
-      if kind > 0 then
-        local done
-        seen[name] = nil
-        if kind == 1 then
-          done = pcall('SET', name, ARGV[value])
-        elseif kind == 2 then
-          done = pcall('SET', name, ARGV[value + 1], 'PXAT', ARGV[value])
-        else
-          done = pcall('DEL', name)
-        end
-        if type(done) == 'table' and done.err then
-          if string.find(done.err, 'READONLY', 1, true) then return {err = 'READONLY it is a replica'} end
-          position, found = wrote and -2 or -1, done.err
-          break
-        end
-        local member = sub(name, from)
-        wrote, here[member] = true, kind ~= 3
-        if kind == 2 then
-          local list = expiring[s] or {}
-          expiring[s] = list
-          list[#list + 1] = ARGV[value]
-          list[#list + 1] = member
-        end
-      end
-    end
-  end
-  if position then
-    failed[#failed + 1] = number
-    failed[#failed + 1] = position
-    failed[#failed + 1] = found
-  end
-  key = key + count
-end
-
-local function each_many(items, run) -- unpack holds 7,990 values
-  for first = 1, #items, 4000 do
-    run(unpack(items, first, math.min(first + 3999, #items)))
-  end
-end
-
-for s = 1, spaces do
-  local index, expiries = KEYS[2 * s], KEYS[2 * s + 1]
-  local added, gone = {}, {}
-  for member, there in pairs(members[s]) do
-    if there then
-      added[#added + 1] = 0
-      added[#added + 1] = member
+    if position then
+      failed[#failed + 1] = batch
+      failed[#failed + 1] = position
+      failed[#failed + 1] = found
     else
-      gone[#gone + 1] = member
+      for _, i in ipairs(written) do final[KEYS[i]] = i end
     end
-  end
-  each_many(added, function(...) call('ZADD', index, ...) end)
-  each_many(gone, function(...) call('ZREM', index, ...) end)
-  if expiring[s] then
-    each_many(expiring[s], function(...) call('ZADD', expiries, ...) end)
-    -- what expired leaves the index here, two for each that is added
-    local due = call('ZRANGEBYSCORE', expiries, '-inf', '(' .. now(), 'LIMIT', 0, #expiring[s] + 2)
-    local prefix = string.gsub(index, '#{', '{', 1)
-    for _, member in ipairs(due) do
-      local left = call('PTTL', prefix .. member)
-      if left == -2 then call('ZREM', index, member) end
-      if left < 0 then call('ZREM', expiries, member) end
-    end
-  end
-  if not sharded and #added == 0 and not unusable[s] and call('EXISTS', index) == 0 then
-    pcall('SREM', KEYS[1], ARGV[1 + s])
-  end
-  if tells and #added + #gone > 0 then -- what is too long for a message is told as the empty one
-    local changed = #added + #gone > 4000 and '' or cmsgpack.pack({added, gone})
-    pcall(sharded and 'SPUBLISH' or 'PUBLISH', (string.gsub(index, '#{', '!{', 1)), changed)
   end
 end
+
+local from, count, clear, score = #index, 0, 0, 0
+local written, values, scored, lapsing, gone, names = {}, {}, {}, {}, {}, {} -- names: of what is gone
+local function drop(name)
+  names[#names + 1] = name
+  gone[#gone + 1] = sub(name, from)
+end
+for i = last[1] + 1, last[4] do
+  local name, value = KEYS[i], ARGV[i + to_value]
+  if final and final[name] ~= i then
+    -- it was not to be, or not to last
+  elseif timed and is_past(value) then
+    drop(name)
+  else
+    local member = sub(name, from)
+    if tells then
+      count = count + 1
+      written[count] = member
+    end
+    if timed and expiry(value) > 0 then
+      lapsing[#lapsing + 1] = i
+    else
+      values[clear + 1], values[clear + 2] = name, value
+      clear = clear + 2
+    end
+    if final or i <= last[3] then -- what is put over a version is in the index
+      scored[score + 1], scored[score + 2] = '0', member
+      score = score + 2
+    end
+  end
+end
+for i = last[5] + 1, last[7] do
+  if not final or final[KEYS[i]] == i then drop(KEYS[i]) end
+end
+
+local wrote, trouble = false, nil
+local function write(...)
+  local done = not trouble and pcall(...)
+  if type(done) == 'table' and done.err then trouble = done.err end
+  wrote = wrote or not trouble
+end
+local function write_many(items, count, command, key) -- unpack holds 7,990 values
+  for first = 1, count, 4000 do
+    local till = math.min(first + 3999, count)
+    if key then write(command, key, unpack(items, first, till)) else write(command, unpack(items, first, till)) end
+  end
+end
+
+write_many(values, clear, 'MSET')
+local dated = {}
+for _, i in ipairs(lapsing) do
+  local value = ARGV[i + to_value]
+  local at = string.format('%.0f', expiry(value))
+  write('SET', KEYS[i], value, 'PXAT', at)
+  dated[#dated + 1] = at
+  dated[#dated + 1] = sub(KEYS[i], from)
+end
+write_many(names, #names, 'DEL')
+write_many(scored, score, 'ZADD', index)
+write_many(gone, #gone, 'ZREM', index)
+if #dated > 0 and not trouble then
+  write_many(dated, #dated, 'ZADD', KEYS[3])
+  -- what expired leaves the index here, two for each that is added
+  local due = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', '(' .. now(), 'LIMIT', 0, #dated + 2)
+  local prefix = string.gsub(index, '#{', '{', 1)
+  for _, member in ipairs(due) do
+    local left = redis.call('PTTL', prefix .. member)
+    if left == -2 then write('ZREM', index, member) end
+    if left < 0 then write('ZREM', KEYS[3], member) end
+  end
+end
+if score == 0 and not sharded and not trouble and not unusable and redis.call('EXISTS', index) == 0 then
+  pcall('SREM', KEYS[1], ARGV[2])
+end
+if tells and wrote then -- what is too long for a message is told as the empty one
+  local many = trouble or 2 * count + #gone > 4000
+  pcall(sharded and 'SPUBLISH' or 'PUBLISH', (string.gsub(index, '#{', '!{', 1)), many and '' or cmsgpack.pack({written, gone}))
+end
+if trouble and not wrote then
+  return {err = string.find(trouble, 'READONLY', 1, true) and 'READONLY it is a replica' or trouble}
+end
+for at, item in ipairs(trouble and {0, -2, trouble} or {}) do table.insert(failed, at, item) end
 return failed
 
 --- scan
@@ -229,7 +270,7 @@ return {removed, looked}
 return redis.call(ARGV[1], KEYS[1], cmsgpack.pack({}))
 
 --- permit
--- Every command that a drain may need, with no effect, so that a user who lacks one is refused as a whole.
+-- Every command that a drain may need, to no effect, so that a user who lacks one is refused as a whole.
 --
 -- KEYS: a name that holds nothing
 redis.call('SET', KEYS[1], '', 'XX')
@@ -237,6 +278,8 @@ redis.call('ZADD', KEYS[1], 'XX', 0, '')
 redis.call('ZREM', KEYS[1], '')
 redis.call('SREM', KEYS[1], '')
 redis.call('ZCARD', KEYS[1])
+redis.call('DEL', KEYS[1])
+redis.call('MSET', KEYS[1], '')
 redis.call('DEL', KEYS[1])
 redis.call('GETRANGE', KEYS[1], 0, 7)
 redis.call('EXISTS', KEYS[1])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from datetime import datetime
 from typing import Any, Final, TypeVar, cast
 
 import msgspec
@@ -63,23 +64,44 @@ R = TypeVar("R")
 
 _ATTEMPTS: Final = 20  # of a rewriting that others write between
 _ANY_NUMBER: Final = 1 << 62
-_HOLD: Final = 5.0  # seconds that others leave a rewriting alone, after it was last heard of
+_HOLD: Final = 5.0  # seconds that others leave a session alone, after its writer was last heard of
+_REMEMBERED: Final = 4096  # sessions with something that was begun and never came to be counted
 
 
 class Recount:
-    """Count the session's messages and calls again."""
+    """Bring the session's calls into line with its messages, and count both again."""
 
     __slots__ = ()
+
+
+class _Settle:
+    """The session changed at that time; all else stands already, and `_build` sees that it is counted."""
+
+    __slots__ = ("at",)
+
+    def __init__(self, at: datetime) -> None:
+        self.at = at
+
+
+class _Begun:
+    """What this process has begun to write below a session, and not counted yet."""
+
+    __slots__ = ("held", "rewritten")
+
+    def __init__(self, rewritten: int) -> None:
+        self.rewritten = rewritten  # `Stat.rewritten` when it was begun
+        self.held = b""  # the version of the stat in which this process noted that others shall wait
 
 
 class _Hold:
     """The right of a rewriting to a session, noted in the stat: what others find while it goes on."""
 
-    __slots__ = ("parent", "renew_at")
+    __slots__ = ("anew", "parent", "renew_at")
 
     def __init__(self, parent: Parent) -> None:
         self.parent = parent
         self.renew_at = 0.0  # seconds since 1970
+        self.anew = False  # whether what others have begun to write is to be looked at again
 
 
 class OrderedTurns:
@@ -88,6 +110,7 @@ class OrderedTurns:
     def __init__(self, collections: Collections) -> None:
         self._all = collections
         self._store = collections.store
+        self._begun: dict[str, _Begun] = {}
         self._funnel: Funnel[Parent, Any, Any] = Funnel(
             self._store, self._load, self._build, weigh=weight, what="write to session"
         )
@@ -106,17 +129,12 @@ class OrderedTurns:
 
     async def stat(self, session_id: str, stat: Stat) -> Stat:
         """Return ``stat`` with what it missed counted, changing nothing that is stored."""
-        draft = Draft(stat)
-        await self._brought_up(keys.encode(session_id), draft, stat, write=False)
-        return draft.done(stat.indexed_at)
-
-    async def _brought_up(self, part: str, draft: Draft, stat: Stat, *, write: bool) -> None:
-        if stat.unsure and write:  # a rewriting was interrupted
-            await self._mend(part, draft)
-        elif stat.unsure:
+        draft, part = Draft(stat), keys.encode(session_id)
+        if stat.unsure:
             await self._recount(part, draft)
         else:
-            await self._catch_up(part, draft, write=write)
+            await self._catch_up(part, draft, write=False)
+        return _done(draft, stat)
 
     async def _load(self, session_id: str) -> Parent:
         every = self._all
@@ -125,12 +143,15 @@ class OrderedTurns:
         if birth is None:
             raise ParentGone("session", session_id)
         stat = Stat(every.now()) if entry is None else every.stat_of(entry)
-        if entry is not None and stat.unsure and stat.until > self._store.clock():
+        begun = self._begun.get(part)
+        mine = entry is not None and begun is not None and entry.version == begun.held
+        if entry is not None and stat.unsure and stat.until > self._store.clock() and not mine:
             raise Conflict(entry.key, entry.version, entry.version)  # it is being rewritten: wait, and read again
-        draft = Draft(stat)
-        await self._brought_up(part, draft, stat, write=True)
-        version = b"" if entry is None else entry.version
-        return Parent(Check(birth.key, birth.version), draft.done(stat.indexed_at), version, {})
+        if not stat.unsure:
+            draft = Draft(stat)
+            await self._catch_up(part, draft, write=True)
+            stat = _done(draft, stat)
+        return Parent(Check(birth.key, birth.version), stat, b"" if entry is None else entry.version, {})
 
     async def _catch_up(self, part: str, draft: Draft, *, write: bool) -> None:
         prefix = f"{self._all.message_prefix}{part}!"
@@ -144,45 +165,50 @@ class OrderedTurns:
 
     async def _build(self, session_id: str, parent: Parent, items: list[Any]) -> Built[Parent, Any]:
         part = keys.encode(session_id)
-        draft = Draft(parent.stat)
-        if parent.stat.unsure:
-            await self._mend(part, draft)
+        draft, hold = Draft(parent.stat), _Hold(parent)
+        if self._overtaken(part, parent.stat) or parent.stat.unsure:
+            await self._mend(part, hold, draft)
         results: list[Any] = []
-        amends: list[Recount] = []
+        amends: list[Any] = []
         for item in items:
             try:
                 if type(item) is Turn:
-                    results.append(await self._turn(session_id, part, parent, draft, item))
+                    results.append(await self._turn(session_id, part, hold.parent, draft, item))
                     continue
                 if type(item) is Kill:
-                    return await self._kill(part, parent, item)
+                    return await self._kill(part, hold.parent, item)
                 if isinstance(item, (Remove, Replace, ReplaceCalls)):
-                    hold = _Hold(parent)
-                    try:
-                        results.append(await self._rewritten(session_id, part, hold, draft, item))
-                    finally:
-                        parent = hold.parent
-                    amends.append(Recount())
-                    continue
-                await self._catch_up(part, draft, write=True)  # what others wrote, and have not counted
-                if isinstance(item, (Begin, EditCall)):  # what a crash keeps from being counted no number tells
-                    hold = _Hold(parent)
-                    await self._keep(part, hold, 0.0)
-                    parent = hold.parent
-                results.append(await self._other(session_id, part, parent, draft, item))
-                amends.append(Recount())
+                    results.append(await self._rewritten(session_id, part, hold, draft, item))
+                else:
+                    await self._catch_up(part, draft, write=True)  # what others wrote, and have not counted
+                    if isinstance(item, (Begin, EditCall)):  # what a crash keeps from being counted no number tells
+                        await self._keep(part, hold)
+                    results.append(await self._other(session_id, part, hold, draft, item))
+                if isinstance(item, (Remove, Replace, ReplaceCalls, Begin, EditCall, Recount)):
+                    amends = [Recount()]
             except UniqueConflict as error:
                 results.append(error)
             except Conflict:
                 raise
             except KvError as error:
                 results.append(_partly(item, error))
-        return self._counted(part, parent, draft, results, amends)
+        return self._counted(part, hold, draft, results, amends or [_Settle(draft.updated_at)])
+
+    def _overtaken(self, part: str, stat: Stat) -> bool:
+        """Whether the session was rewritten, or counted anew, since this process began what it has not counted yet.
+
+        Then neither saw all that the other did: an answer may have been joined to a call that was being taken
+        from it, or a call counted in the state that it had before.
+        """
+        begun = self._begun.setdefault(part, _Begun(stat.rewritten))
+        if len(self._begun) > _REMEMBERED:
+            del self._begun[next(iter(self._begun))]
+        return begun.rewritten != stat.rewritten
 
     def _counted(
-        self, part: str, parent: Parent, draft: Draft, results: list[Any], amends: Sequence[Recount]
+        self, part: str, hold: _Hold, draft: Draft, results: list[Any], amends: Sequence[Any]
     ) -> Built[Parent, Any]:
-        every = self._all
+        every, parent = self._all, hold.parent
         indexed_at = before = parent.stat.indexed_at
         ops: list[Op] = [] if parent.version else [parent.birth]  # where a stat is expected, that says as much
         if before is None or abs(draft.updated_at - before) >= EXACT:
@@ -190,14 +216,20 @@ class OrderedTurns:
             ops.append(Put(every.updated_key(part, indexed_at), part.encode()))
         if draft.messages < 0 or any(count < 0 for counts in draft.tools.values() for count in counts):
             draft.unsure = True  # something went that was not counted: to be counted again
-        stat = draft.done(indexed_at)
+        stat = _done(draft, parent.stat, indexed_at)
         if stat == parent.stat:
+            self._begun.pop(part, None)
             return Built([], lambda version: parent, results)
         key = every.stat_prefix + part
         ops.append(Put(key, every.packed(key, stat), parent.version or ABSENT))
         if before is not None and indexed_at != before:
             ops.append(Delete(every.updated_key(part, before)))
-        return Built(ops, lambda version: Parent(parent.birth, stat, version, {}), results, stands=0, amends=amends[:1])
+
+        def counted(version: bytes) -> Parent:
+            self._begun.pop(part, None)
+            return Parent(parent.birth, stat, version, {})
+
+        return Built(ops, counted, results, stands=0, amends=amends)
 
     async def _kill(self, part: str, parent: Parent, item: Kill) -> Built[Parent, Any]:
         every = self._all
@@ -211,6 +243,7 @@ class OrderedTurns:
             Put(every.deleting_prefix + part, b"1"),  # what follows is finished by whoever sees this
             Delete(parent.birth.key, cast("bytes", parent.birth.expect) if conditional else None),
         ]
+        self._begun.pop(part, None)
         return Built(ops, lambda version: cast("Parent", None), [True])
 
     async def _may_go(self, part: str, item: Kill) -> bool:
@@ -223,22 +256,27 @@ class OrderedTurns:
         codec = self._all.sessions._codec
         return not (item.closed and record is not None and codec.decode(record.key, record.value).active)
 
-    async def _keep(self, part: str, hold: _Hold, seconds: float = _HOLD) -> None:
+    async def _keep(self, part: str, hold: _Hold, *, anew: bool = False) -> None:
         """Note in the stat that its counts will not hold, and that others shall wait; again before that lapses.
 
-        A crash leaves that note, and whoever loads the stat so many ``seconds`` later counts again.
+        A crash leaves that note, and whoever loads the stat after that time counts again. ``anew``: those who
+        read the stat before, and do not wait, shall look again at what they write.
 
         Raises:
             Conflict: another has written the stat: read it again.
         """
         now = self._store.clock()
-        if now < hold.renew_at:
+        anew = anew and not hold.anew
+        if now < hold.renew_at and not anew:
             return
         parent = hold.parent
-        stat = msgspec.structs.replace(parent.stat, unsure=True, until=now + seconds)
+        rewritten = parent.stat.rewritten + anew
+        stat = msgspec.structs.replace(parent.stat, unsure=True, until=now + _HOLD, rewritten=rewritten)
         key = self._all.stat_prefix + part
         version = await self._store._commit([Put(key, self._all.packed(key, stat), parent.version or ABSENT)])
-        hold.parent, hold.renew_at = Parent(parent.birth, stat, version, {}), now + seconds / 2
+        hold.parent, hold.renew_at = Parent(parent.birth, stat, version, {}), now + _HOLD / 2
+        hold.anew = hold.anew or anew
+        self._begun[part].held = version
 
     # ---- items
 
@@ -357,12 +395,12 @@ class OrderedTurns:
         entry = live(entry)
         return None if entry is None else self._all.tool_calls._codec.decode(entry.key, entry.value)
 
-    async def _other(self, session_id: str, part: str, parent: Parent, draft: Draft, item: Any) -> Any:
+    async def _other(self, session_id: str, part: str, hold: _Hold, draft: Draft, item: Any) -> Any:
         if type(item) is Edit:
             return await self._edit(part, draft, item)
         if type(item) is Begin:
             call = await self._begin(part, draft, item.call)
-            if not await self._lives(parent):
+            if not await self._lives(hold.parent):
                 await ordered_writer(self._all.tool_calls).remove(self._all.tool_calls._pk_of(call))
                 raise ParentGone("session", session_id)
             return call
@@ -370,7 +408,9 @@ class OrderedTurns:
             return await self._edit_call(part, draft, item)
         if type(item) is EditSession:
             return await self._edit_session(session_id, part, draft, item)
-        return await self._recount(part, draft)
+        if type(item) is _Settle:
+            return draft.touch(item.at)
+        return await self._mend(part, hold, draft)
 
     async def _edit(self, part: str, draft: Draft, item: Edit) -> Message | None:
         writer = ordered_writer(self._all.messages)
@@ -396,7 +436,7 @@ class OrderedTurns:
 
         Those who had read the stat before may still append: that counts, and goes on behind what is rewritten.
         """
-        await self._keep(part, hold)
+        await self._keep(part, hold, anew=True)
         for _ in range(_ATTEMPTS):
             try:
                 await self._catch_up(part, draft, write=True)
@@ -417,6 +457,8 @@ class OrderedTurns:
     async def _remove(self, session_id: str, part: str, hold: _Hold, draft: Draft, item: Remove) -> Rewritten:
         every = self._all
         found = await doomed(every, part, session_id, item, draft.last)
+        if found and found[0][1].number > draft.last:  # another's, who has not counted it, nor made its calls perhaps
+            await self._catch_up(part, draft, write=True)
         again = item.places is None and len(found) >= item.most
         behind: int | None = None
         if item.places is None:
@@ -437,8 +479,6 @@ class OrderedTurns:
         gone, waiting = await followers(every, part, removed, behind, draft.last)
         now = every.now()
         numbers = {message.number for _, message in removed}
-        if max(numbers, default=0) > draft.last:  # another writer's, who has not counted it: to be counted again
-            draft.unsure = True
         await self._drop_calls(draft, [each for each in gone if each[1].number not in numbers])
         for entry, message in removed:
             await self._keep(part, hold)
@@ -452,8 +492,10 @@ class OrderedTurns:
                 draft.remove(message)
         return gone
 
-    async def _mend(self, part: str, draft: Draft) -> None:
-        """Bring calls into line with messages after an interrupted rewriting, and count all of them."""
+    async def _mend(self, part: str, hold: _Hold, draft: Draft) -> None:
+        """Bring calls into line with messages, and count all of them: after a rewriting that was not finished,
+        or while which others wrote."""
+        await self._keep(part, hold, anew=True)
         every = self._all
         writer = ordered_writer(every.tool_calls)
         calls: dict[tuple[int, int], StoredCall] = {}
@@ -462,20 +504,23 @@ class OrderedTurns:
             calls[call.number, call.position] = entry, call
         entries = after_stat(self._store, f"{every.message_prefix}{part}!", 0)
         messages = [every.messages._codec.decode(each.key, each.value) async for each in entries if live(each)]
-        numbers = {message.number for message in messages if message.role == "tool"}
-        for entry, call in calls.values():
-            if call.result_number is not None and call.result_number not in numbers:
+        answers = {message.number for message in messages if message.role == "tool"}
+        for place in sorted(calls, reverse=True):  # an answer is that of the latest call
+            entry, call = calls[place]
+            if call.result_number is not None and call.result_number not in answers:
+                await self._keep(part, hold)
                 await writer.save(entry.key[len(every.call_prefix) :], unanswered(call, every.now()), old=entry)
+            answers.discard(-1 if call.result_number is None else call.result_number)
         for message in messages:
             for position in range(len(message.tool_calls or ())):
                 if (message.number, position) not in calls:
+                    await self._keep(part, hold)
                     pk = f"{part}!{keys.encode(message.number)}!{keys.encode(position)}"
                     [tombstone] = await self._store._entries([every.call_prefix + pk])
                     await writer.save(pk, asked_call(message, position), old=tombstone)
         await self._recount(part, draft)
-        joined = {call.result_number for _, call in calls.values()}
         for message in messages:
-            if message.role == "tool" and message.number not in joined:
+            if message.number in answers:  # of no call yet
                 await self._follow(part, draft, message, write=True)
 
     async def _drop_calls(self, draft: Draft, gone: Sequence[StoredCall]) -> None:
@@ -549,7 +594,9 @@ class OrderedTurns:
             entry = await self._alive(every.call_prefix + pk)
             if entry is None:
                 return None
-            now = every.now()
+            now, before = every.now(), writer._codec.decode(entry.key, entry.value)
+            if before.result_number is not None and before.result_number > draft.last:
+                await self._catch_up(part, draft, write=True)  # it was answered a moment ago
             changed = edited_call(item, writer._codec, entry, now)
             try:
                 await writer.save(pk, changed, old=entry)
@@ -557,7 +604,7 @@ class OrderedTurns:
                 raise
             except Conflict:
                 continue
-            draft.count(writer._codec.decode(entry.key, entry.value), changed)
+            draft.count(before, changed)
             draft.touch(now)
             return changed
 
@@ -601,6 +648,11 @@ class OrderedTurns:
     async def _alive(self, key: str) -> Entry | None:
         [entry] = await self._store._entries([key])
         return live(entry)
+
+
+def _done(draft: Draft, before: Stat, indexed_at: datetime | None = None) -> Stat:
+    """The stat that comes of ``before``."""
+    return msgspec.structs.replace(draft.done(indexed_at or before.indexed_at), rewritten=before.rewritten)
 
 
 def _partly(item: Any, error: KvError) -> KvError:

@@ -74,8 +74,8 @@ async def planned(every: Collections, part: str, item: Replace, last: int = _ANY
         wanted = checked(made, keys.decode(part, str), every.now())
     if item.since is not None:
         ids = {message.id for message in wanted}
-        late = [message for _, message in stored if message.number > item.since and message.id not in ids]
-        wanted = [*wanted, *late]
+        late = (message for _, message in stored if message.number > item.since and message.id not in ids)
+        wanted = [*wanted, *map(msgspec.structs.replace, late)]  # copies: those that move get new numbers
     where = {message.id: place for place, (_, message) in enumerate(stored)}
     _refuse_repeats(wanted)
     stands: list[Message] = []

@@ -7,7 +7,7 @@ what the items of the round need. `kvpersist.agents.conversations.ordered` serve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any, Final, TypeVar, cast
@@ -80,13 +80,13 @@ class Turns:
         """Remember a session that was created here, so that its first turn needs no read."""
         self._funnel.remember(session_id, parent)
 
-    async def submit(self, session_id: str, item: Item) -> Any:
+    def submit(self, session_id: str, item: Item) -> Awaitable[Any]:
         """Write ``item`` below the session and return its answer.
 
         Raises:
             ParentGone: there is no such session, or it was deleted; nothing was written.
         """
-        return await self._funnel.submit(session_id, item)
+        return self._funnel.submit(session_id, item)
 
     async def _load(self, session_id: str) -> Parent:
         every = self._all
@@ -156,7 +156,7 @@ class Round:
         self._all = collections
         self._store = collections.store
         self._session_id = session_id
-        self._part = keys.encode(session_id)
+        self._part = parent.birth.key[len(collections.birth_prefix) :]
         self._parent = parent
         self._draft = Draft(parent.stat)
         self._orphans = orphans
@@ -172,9 +172,12 @@ class Round:
 
     async def prepare(self, items: Sequence[Item]) -> None:
         """Read the calls that the round's messages answer, where they are not remembered: one get."""
-        await self._read_waiting([message for item in items if type(item) is Turn for message in item.messages])
+        await self._read_waiting(message for item in items if type(item) is Turn for message in item.messages)
 
-    async def _read_waiting(self, messages: Sequence[Message]) -> None:
+    async def _read_waiting(self, messages: Iterable[Message]) -> None:
+        waiting = [*self._draft.open, *self._draft.settled]
+        if not waiting:
+            return
         asked: dict[str, int] = {}
         for message in messages:
             if message.tool_call_id is not None and message.role == "tool":
@@ -182,8 +185,7 @@ class Round:
         if not asked:
             return
         held: dict[str, Entry | None] = {}
-        waiting = sorted((*self._draft.open, *self._draft.settled), key=lambda each: each[1:], reverse=True)
-        for call_id, number, position in waiting:
+        for call_id, number, position in sorted(waiting, key=lambda each: each[1:], reverse=True):
             if asked.get(call_id, 0) > 0:
                 asked[call_id] -= 1
                 pk = self._call_pk(number, position)
@@ -212,9 +214,8 @@ class Round:
                 self._draft = Draft(self._parent.stat)
                 self._calls.clear()
             self._results.append(error)
-        if len(self._ops.claims) != len(self._claims):
-            for key in self._ops.claims:
-                self._claims.setdefault(key, position)
+        for key in islice(self._ops.claims, len(self._claims), None):
+            self._claims[key] = position
         if self._all.own_call_indexes:  # what they claim is known when the batch is complete
             for pk in self._calls:
                 self._askers.setdefault(pk, position)
@@ -257,8 +258,9 @@ class Round:
         ops.append(Put(key, every.packed(key, stat), parent.version or ABSENT))
 
         def after(version: bytes) -> Parent:
-            remembered = {pk: Entry(key, data, version) for pk, (key, data) in recent.items()}
-            if not remembered and parent.recent:
+            if recent:
+                remembered = {pk: Entry(key, data, version) for pk, (key, data) in recent.items()}
+            else:
                 remembered = {pk: entry for pk, entry in parent.recent.items() if pk not in self._calls}
             return Parent(parent.birth, stat, version, remembered)
 
@@ -266,24 +268,24 @@ class Round:
 
     # ---- items
 
-    async def _added(self, item: Item) -> Any:
+    def _added(self, item: Item) -> Awaitable[Any]:
         if type(item) is Turn:
-            return await self._turn(item.messages)
+            return self._turn(item.messages)
         if type(item) is Edit:
-            return await self._edit(item)
+            return self._edit(item)
         if type(item) is Remove:
-            return await self._remove(item)
+            return self._remove(item)
         if type(item) is Replace:
-            return await self._replace(item)
+            return self._replace(item)
         if type(item) is ReplaceCalls:
-            return await self._replace_calls(item)
+            return self._replace_calls(item)
         if type(item) is Begin:
-            return await self._begin(item.call, item.place)
+            return self._begin(item.call, item.place)
         if type(item) is EditCall:
-            return await self._edit_call(item)
+            return self._edit_call(item)
         if type(item) is Kill:
-            return await self._kill(item)
-        return await self._edit_session(cast("EditSession", item))
+            return self._kill(item)
+        return self._edit_session(cast("EditSession", item))
 
     async def _turn(
         self, messages: Sequence[Message], moved: Mapping[str, Sequence[ToolCall]] | None = None
@@ -292,16 +294,17 @@ class Round:
         every = self._all
         writer, known = await self._using(every.messages)
         encode, prefix, part = writer._codec.encode, every.message_prefix, self._part
-        puts = self._puts
-        number = self._draft.last
-        for message in messages:
-            number += 1
+        puts, draft = self._puts, self._draft
+        made: list[tuple[str, ToolCall]] = []
+        for number, message in enumerate(messages, draft.last + 1):
             message.number = number
             pk = f"{part}!{keys.encode(number)}"
             key = prefix + pk
             puts.append(Put(key, encode(key, message), ABSENT))
             self._enter(writer, known, pk, message)
-        made = [(pk, call) for message in messages if message.tool_calls for pk, call in self._asked_by(message)]
+            if message.tool_calls:
+                positions = range(len(message.tool_calls))
+                made += [(f"{pk}!{keys.encode(each)}", asked_call(message, each)) for each in positions]
         made = self._carried(messages, made, moved) if moved else made
         if made and every.own_call_indexes:  # what they refuse is refused here, before anything is counted
             for slot in (await every.tool_calls._definitions.known()).maintained:
@@ -309,11 +312,11 @@ class Round:
                     slot.keys(call, pk)
         asked = iter(made)
         for message in messages:
-            self._draft.add(message)
+            draft.add(message)
             more = 0 if not moved else len(_recorded(message, moved.get(message.id, ())))
             for pk, call in islice(asked, len(message.tool_calls or ()) + more):
                 self._calls[pk] = None, call
-                self._draft.count(None, call)
+                draft.count(None, call)
             if message.tool_call_id is not None and message.role == "tool":
                 self._answer(message, message.tool_call_id)
         return messages
@@ -330,12 +333,6 @@ class Round:
                     ops.claim(key, slot, value, None, self._orphans.get(key, ABSENT))
                 else:
                     ops.by_key[key] = Put(key, value)
-
-    def _asked_by(self, message: Message) -> list[tuple[str, ToolCall]]:
-        return [
-            (self._call_pk(message.number, position), asked_call(message, position))
-            for position in range(len(message.tool_calls or ()))
-        ]
 
     def _answer(self, message: Message, call_id: str) -> None:
         """Join a tool message with the latest earlier call of its id that waits, if there is one."""
@@ -526,7 +523,7 @@ class Round:
 
     async def _using(self, repository: Repository[R]) -> tuple[AtomicWriter[R], Known]:
         """Return how the records of a collection are written; the batch checks its definition from now on."""
-        known = await repository._definitions.known()
+        known = repository._definitions.cached or await repository._definitions.known()
         self._checks[known.check.key] = known.check
         return atomic_writer(repository), known
 

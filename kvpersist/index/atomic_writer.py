@@ -167,7 +167,7 @@ class AtomicWriter(Writer[R]):
 
     async def save_many(self, items: Sequence[tuple[str, R, float | None]], size: int) -> list[bytes | KvError]:
         """Save distinct records in atomic batches of ``size``: one version or error per item."""
-        answers: list[bytes | KvError] = [Conflict(self._records + pk, None) for pk, _, _ in items]
+        answers: list[bytes | KvError | None] = [None] * len(items)
         waiting = [list(range(at, min(at + size, len(items)))) for at in range(0, len(items), size)]
         known = await self._definitions.known()
         for attempt in range(ATTEMPTS):
@@ -196,7 +196,10 @@ class AtomicWriter(Writer[R]):
             waiting = again
             if stale:
                 known = await self._definitions.refresh()
-        return answers
+        return [
+            Conflict(self._records + pk, None) if answer is None else answer
+            for answer, (pk, _, _) in zip(answers, items, strict=True)
+        ]
 
     async def _saved_alone(self, pk: str, record: R, expires_at: float | None) -> bytes | KvError:
         try:
@@ -216,7 +219,8 @@ class AtomicWriter(Writer[R]):
             puts: list[Op] = [known.check]
             ops = IndexOps()
             olds = [next(found, None) for _ in chunk]
-            for at, old in zip(chunk, olds, strict=True):  # first what is given up, then what is claimed
+            # first what is given up, then what is claimed
+            for at, old in zip(chunk, olds, strict=True) if known.maintained else ():
                 pk, record, _ = items[at]
                 before = self.decoded(old)
                 for slot in known.maintained if before is not None else ():
@@ -231,7 +235,8 @@ class AtomicWriter(Writer[R]):
                     key = self._records + pk
                     expect = version_of(old) if known.maintained or known.newer else None
                     puts.append(Put(key, self.encoded(key, record, old, known), expect, expires_at))
-                    await self.index_ops(ops, known, pk, old, record, expires_at, {})
+                    if known.maintained:
+                        await self.index_ops(ops, known, pk, old, record, expires_at, {})
             except UniqueConflict:
                 clashing.append(chunk)
                 continue

@@ -233,9 +233,10 @@ class MysqlDriver:
             return hoped.answers
         checked, held = locks(batches)
         hopeful = all(isinstance(answer, Committed) for answer in hoped.answers)
-        if hopeful and not held and len(expected) <= _LOOKED_AT and None not in hoped.rows.values():
-            writes = sql.put(hoped.rows, self._packet, sql.unchanged(expected, now_ms))
-            if len(writes) == 1:
+        if hopeful and not held and len(expected) <= _LOOKED_AT:
+            puts = {key: row for key, row in hoped.rows.items() if row is not None}
+            writes = sql.put(puts, self._packet, sql.unchanged(expected, now_ms))
+            if len(writes) == 1 and len(puts) == len(hoped.rows):
                 try:
                     await self._send(link, writes)
                 except Error as error:

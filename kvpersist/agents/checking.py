@@ -35,7 +35,8 @@ class Issue(msgspec.Struct, frozen=True, kw_only=True):
             without its record, or a unique value that two records have. "orphan": what it belongs to is not
             there. "count": a session's counts are not those of its messages and calls. "unfinished": a
             creation that nobody has been at for ten minutes, or a deletion that was interrupted or is under
-            way. "missing": what was asked about is not there. "reference": it names something that is not there, which may be as it should.
+            way. "missing": what was asked about is not there. "reference": it names something that is not
+            there, which may be as it should.
         store: "main", "files" or "events".
         collection, id: of the record.
         detail: what exactly, for people.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -22,10 +23,13 @@ from kvpersist.repository import Repository
 from kvpersist.store import Store
 from kvpersist.transaction import backoff
 
-__all__ = ["Belongs", "Births", "Family", "checks_of"]
+__all__ = ["Belongs", "Births", "Family", "checks_of", "given_up"]
 
 _ATTEMPTS: Final = 40  # of a write that keeps losing to others
 _BIRTH: Final = b"1"
+_LEFT: Final = b""  # of one that is being removed, because nobody came to store its record
+_IDLE: Final = 600.0  # seconds after which nobody is at a creation any more
+_PAGE: Final = 250  # birth keys read at once
 _REMEMBERED: Final = 4096  # birth keys per kind
 
 
@@ -59,6 +63,10 @@ class Family:
         """Finish every deletion that was begun and not finished; return how many there were."""
         return sum([await births.deletions.finish_all() for births in self.births.values()])
 
+    async def remove_unborn(self) -> int:
+        """Remove what creations that were interrupted left; return how many there were."""
+        return sum([await births.remove_unborn() for births in self.births.values()])
+
     def forget(self, key: str) -> bool:
         """Read a birth key again before it is next relied on; False: ``key`` is none, nor a marker."""
         return any(births.forget(key) for births in self.births.values())
@@ -80,7 +88,9 @@ class Births:
         self._store = family.store
         self.prefix: str = keys.meta_prefix(family.space, self.kind, "birth")
         self.deleting_prefix: str = keys.meta_prefix(family.space, self.kind, "deleting")
+        self.making_prefix: str = f"{family.space}:{self.kind}##making:"  # no index has such a name
         self.deletions = Deletions(family.store, repository, self.prefix, self.deleting_prefix, beside)
+        self._beside = beside
         self._known: OrderedDict[str, Check] = OrderedDict()
         family.births[self.kind] = self
 
@@ -187,7 +197,8 @@ class Births:
         """Birth key and what is beside first, the record last: a record that can be seen can be written to.
 
         A birth key without a record is another's who is at it, or was: it is written anew, so that this one
-        does not take it back.
+        does not take it back. It holds the time: after ten minutes `remove_unborn` may take it away, and who
+        comes through only then begins anew.
         """
         key, birth_key = self.repository._prefix + part, self.prefix + part
         self.repository._codec.encode(key, record)  # what cannot be kept fails before anything is written
@@ -201,14 +212,18 @@ class Births:
             mine: list[tuple[str, bytes]] = []
             beside_version = b""
             try:
-                version = await self._store._commit([Put(birth_key, _BIRTH, version_of(birth))])
+                version = await self._store._commit([Put(birth_key, self._now(), version_of(birth))])
                 mine.append((birth_key, version))
                 if beside is not None:
                     ops = beside(old[0])
                     beside_version = await self._store._commit(ops)
                     mine += [(op.key, beside_version) for op in ops]
-                await ordered_writer(self.repository).save(part, record, old=stored)
-                break
+                saved = await ordered_writer(self.repository).save(part, record, old=stored)
+                check = await self._born(part, version)
+                if check is not None:
+                    break
+                with suppress(Conflict):  # somebody else has changed it: the next attempt finds it
+                    await ordered_writer(self.repository).remove(part, expect=saved)
             except UniqueConflict:
                 if birth is None:
                     await self._unborn(mine)
@@ -219,8 +234,6 @@ class Births:
                 await backoff(attempt)
         else:
             raise Conflict(key, ABSENT)
-        [born] = await self._store._entries([birth_key])
-        check = Check(birth_key, version if born is None else born.version)
         if not await self._family.holds(conditions):
             for condition in conditions:
                 self._family.forget(condition.key)
@@ -231,6 +244,54 @@ class Births:
                 raise
         self.remember(part, check)
         return check, beside_version
+
+    async def _born(self, part: str, version: bytes) -> Check | None:
+        """Return the check of a record that was just stored; None: its birth key was taken away, as left over."""
+        birth_key = self.prefix + part
+        while True:
+            birth, marker = await self._store._entries([birth_key, self.deleting_prefix + part])
+            if birth is None:  # with a marker: the record was seen, and deleted
+                return None if marker is None else Check(birth_key, version)
+            if birth.value != _LEFT:
+                return Check(birth_key, birth.version)
+            with suppress(Conflict):  # it is gone, or another's: look again
+                await self._store._commit([Put(birth_key, self._now(), birth.version)])
+
+    async def remove_unborn(self) -> int:
+        """Remove birth keys whose records were never stored, and what is beside them; return how many there were.
+
+        Only where batches are not atomic does an interrupted creation leave them. One that wrote its key in the
+        last ten minutes, by the store's clock, is under way.
+        """
+        removed = 0
+        start: str | None = None if self._family.atomic else self.prefix
+        while start is not None:
+            page = await self._store._scan(start, keys.prefix_end(self.prefix), limit=_PAGE)
+            parts = [birth.key[len(self.prefix) :] for birth in page]
+            stored = await self._store._entries([self.repository._prefix + part for part in parts])
+            for birth, part, record in zip(page, parts, stored, strict=True):
+                if live(record) is None and given_up(birth.value, self._store.clock()):
+                    removed += await self._remove_unborn(part, birth)
+            start = page[-1].key + "!" if len(page) == _PAGE else None
+        return removed
+
+    async def _remove_unborn(self, part: str, birth: Entry) -> bool:
+        """Claim the birth key first: of its creator, who may come after all, and of others who create or remove it."""
+        try:
+            version = await self._store._commit([Put(birth.key, _LEFT, birth.version)])
+        except Conflict:
+            return False
+        beside = [] if self._beside is None else [op.key for op in await self._beside(part)]
+        record, *kept = await self._store._entries([self.repository._prefix + part, *beside])
+        if live(record) is not None:
+            return False
+        mine = [(entry.key, entry.version) for entry in kept if entry is not None]
+        await self._unborn([(birth.key, version), *mine])
+        self.forget(birth.key)
+        return True
+
+    def _now(self) -> bytes:
+        return b"%d" % self._store.clock()
 
     async def _unborn(self, mine: Sequence[tuple[str, bytes]]) -> None:
         """Take back what a creation wrote, at these versions, that a unique value stopped; what others did stays."""
@@ -321,6 +382,11 @@ class Belongs(msgspec.Struct, frozen=True):
         if self.optional:
             return await self.births.check_or_absent(id_)
         return (await self.births.check(id_),)
+
+
+def given_up(since: bytes, now: float) -> bool:
+    """Whether nobody is at a creation any more that last told of itself at ``since``; empty: it is being removed."""
+    return not since or now - float(since) > _IDLE
 
 
 async def checks_of(belongs: Iterable[Belongs], record: Any, before: Any = None) -> tuple[Check, ...]:

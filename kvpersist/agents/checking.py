@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, TypeAlias
@@ -9,7 +10,7 @@ from typing import Any, Final, Literal, TypeAlias
 import msgspec
 
 from kvpersist import keys
-from kvpersist.agents.births import Belongs, Births, Family
+from kvpersist.agents.births import Belongs, Births, Family, given_up
 from kvpersist.agents.deletion import PENDING
 from kvpersist.agents.records import Message, SessionStat, ToolCall
 from kvpersist.driver import Entry
@@ -33,8 +34,9 @@ class Issue(msgspec.Struct, frozen=True, kw_only=True):
         kind: "corrupt": a record that cannot be read. "index": a record without its index entry, an entry
             without its record, or a unique value that two records have. "orphan": what it belongs to is not
             there. "count": a session's counts are not those of its messages and calls. "unfinished": a
-            creation or a deletion that was interrupted, or is under way. "missing": what was asked about is not
-            there. "reference": it names something that is not there, which may be as it should.
+            creation that nobody has been at for ten minutes, or a deletion that was interrupted or is under
+            way. "missing": what was asked about is not there. "reference": it names something that is not
+            there, which may be as it should.
         store: "main", "files" or "events".
         collection, id: of the record.
         detail: what exactly, for people.
@@ -207,7 +209,7 @@ class Checker:
             marker = found[each.deleting_prefix + part]
             if found[each.prefix + part] is not None or (marker is not None and marker.value == PENDING):
                 continue
-            if await self._gone(name, pk):
+            if await self._gone(name, pk) or (each is not own and await self._in_the_making(each, part)):
                 continue
             if each is own and pk == part:
                 self._add("orphan", name, pk, "it has no birth key: nothing can be added below it")
@@ -231,6 +233,12 @@ class Checker:
         [entry] = await repository.store._entries([repository._prefix + pk])
         return live(entry) is None
 
+    async def _in_the_making(self, births: Births, part: str) -> bool:
+        """Whether a record is being made of which there is a part already, or was made meanwhile, or given up."""
+        [making] = await self._main._entries([births.making_prefix + part])
+        [birth] = await self._main._entries([births.prefix + part])  # the former goes when this is there
+        return making is not None or birth is not None
+
     async def _unfinished(self, births: Births) -> None:
         prefix = births.deleting_prefix
         async for entry in _scanned(self._main, prefix):
@@ -242,8 +250,19 @@ class Checker:
             for part, entry in zip(parts, stored, strict=True):
                 if live(entry) is None:
                     again = await self._main._entries([births.prefix + part, births.repository._prefix + part])
-                    if again[0] is not None and live(again[1]) is None:
+                    birth = again[0]
+                    if birth is not None and live(again[1]) is None and self._left(birth.value):
                         self._add("unfinished", births.kind, part, "it has a birth key and no record")
+
+        async for page in _paged(_scanned(self._main, births.making_prefix)):
+            for note in page:
+                part = note.key[len(births.making_prefix) :]
+                if given_up(note.value, self._main.clock()) and not await self._there(births.kind, part):
+                    self._add("unfinished", births.kind, part, "it was begun to make it, with what belongs to it")
+
+    def _left(self, since: bytes) -> bool:
+        """Whether a birth key without a record is none of a creation under way: those are atomic where batches are."""
+        return self._family.atomic or given_up(since, self._main.clock())
 
     async def _counts(self, part: str) -> None:
         """Compare what is kept of a session with its messages and calls, again if it is written meanwhile."""
@@ -268,7 +287,7 @@ class Checker:
 
     async def _recounted(self, part: str, stat: SessionStat) -> dict[str, tuple[Any, Any]]:
         roles: dict[str, int] = {}
-        tools: dict[str, list[int]] = {}
+        tools: dict[str, Counter[str]] = {}
         last = 0
         messages, calls = self._repositories["message"], self._repositories["tool_call"]
         async for page in self._pages(messages, part):
@@ -281,15 +300,12 @@ class Checker:
             for entry in page:
                 call: ToolCall | None = _decoded(calls, entry)
                 if call is not None:
-                    counts = tools.setdefault(call.name, [0, 0, 0])
-                    counts[0] += 1
-                    counts[1] += call.state == "completed"
-                    counts[2] += call.state == "failed"
-        kept = {name: [tool.calls, tool.completed, tool.failed] for name, tool in stat.tools.items() if tool.calls}
+                    tools.setdefault(call.name, Counter())[call.state] += 1
+        kept = {name: states for name, tool in stat.tools.items() if (states := tool.by_state())}
         return {
             "messages": (stat.messages, sum(roles.values())),
             "messages by role": (stat.roles, roles),
-            "tool calls by name (all, completed, failed)": (kept, tools),
+            "tool calls by name and state": (kept, {name: dict(states) for name, states in tools.items()}),
             "last number, at least": (max(stat.last, last), stat.last),
         }
 

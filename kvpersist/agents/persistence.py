@@ -341,9 +341,14 @@ class Persistence:
         )
 
     async def check(
-        self, *, agent_id: str | UUID | None = None, session_id: str | UUID | None = None, limit: int = 1_000
+        self,
+        *,
+        agent_id: str | UUID | None = None,
+        session_id: str | UUID | None = None,
+        limit: int = 1_000,
+        repair: bool = False,
     ) -> Consistency:
-        """Look for what does not fit together, in all stores; nothing is changed.
+        """Look for what does not fit together, in all stores; without ``repair`` nothing is changed.
 
         Indexes against records, counts against messages and calls, records against what they belong to and
         what they name, creations and deletions that were not finished. Everything is read once, a page at a time.
@@ -353,12 +358,18 @@ class Persistence:
             session_id: only this session and what belongs to it. Index entries without a record are looked
                 for only where neither is given.
             limit: end after so many issues.
+            repair: finish or remove before what was interrupted, wherever it is: deletions, and creations that
+                nobody has been at for ten minutes. What else is found is only told.
 
         Raises:
             BadRequest: both an agent and a session, or a limit under 1.
         """
         if (agent_id is not None and session_id is not None) or limit < 1:
             raise BadRequest("check an agent or a session or everything, and ask for at least one issue")
+        if repair:
+            await self._all.own()
+            await self._finish_others()
+            await self._family.remove_unborn()
         own: dict[str, Repository[Any]] = {
             "session": self._all.sessions,
             "message": self._all.messages,
@@ -377,6 +388,12 @@ class Persistence:
         if session_id is not None:
             return await checker.session(str(session_id))
         return await checker.all() if agent_id is None else await checker.agent(str(agent_id))
+
+    async def _finish_others(self) -> None:
+        """Finish or remove what others were interrupted at, as far as notes tell of it."""
+        await self._family.finish_all()
+        await finish_makings(self._all)
+        await self._forks.sweep()
 
     async def close(self) -> None:
         """End runs that stream and what reads events, and close the stores that `open` opened; once is enough."""
@@ -503,9 +520,7 @@ def open(
             await db._all.own()  # before a plain write can put something between the records
             await db.events.store._own(db._family.space)
             with suppress(ReadOnly):  # whoever may write finishes them; what is left is not seen here either
-                await db._family.finish_all()
-                await finish_makings(db._all)
-                await db._forks.sweep()
+                await db._finish_others()
         except BaseException:  # cancelled too: nothing may stay open
             try:
                 if placement is not None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import msgspec
 import pytest
 
 import kvpersist
 from kvpersist import keys
+from kvpersist.agents.births import Births
 from kvpersist.agents.checking import Consistency
 from kvpersist.agents.persistence import Persistence
 from kvpersist.agents.state.history import HistoryWindow
@@ -13,6 +18,9 @@ from kvpersist.agents.state.media import Media
 from kvpersist.agents.state.todos import Todo
 from kvpersist.driver import Delete, Put
 from kvpersist.errors import BadRequest
+from kvpersist.testing import ManualClock
+
+Sound = Callable[[Persistence], Awaitable[None]]
 
 
 @pytest.fixture
@@ -194,3 +202,163 @@ async def test_memory_is_bounded_by_pages(db: Persistence) -> None:
 
     assert found.issues == []
     assert found.records == 751
+
+
+# -- what is under way, and what was left ---------------------------------------------------------
+
+
+@pytest.fixture
+async def late(driver: Any) -> AsyncIterator[tuple[Persistence, ManualClock]]:
+    """A database with a clock that can be moved."""
+    clock = ManualClock()
+    async with kvpersist.open(driver, clock=clock) as db:
+        yield db, clock
+
+
+async def _half_a_fork(db: Persistence, monkeypatch: pytest.MonkeyPatch, check: Callable[[], Awaitable[None]]) -> None:
+    """Fork a session with 1,010 messages; ``check`` is called when only its record is missing."""
+    await db.sessions.create(id="s")
+    await db.messages.append_many("s", [kvpersist.Message(role="user", content="x") for _ in range(1_010)])
+    bear = Births.bear
+
+    async def checked(self: Births, part: str, *arguments: Any) -> Any:
+        await check()
+        return await bear(self, part, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Births, "bear", checked)
+        await db.sessions.fork("s", id="f")
+
+
+async def test_a_fork_under_way_elsewhere_is_no_orphan_and_one_given_up_is_told(
+    late: tuple[Persistence, ManualClock], driver: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db, clock = late
+
+    async def seen() -> None:
+        async with kvpersist.open(driver, clock=clock) as other:
+            assert (await other.check()).issues == []
+            assert _told(await other.check(session_id="f")) == [("missing", "session", "f")]
+            clock.advance(601)
+            assert _told(await other.check(limit=3)) == [("unfinished", "session", "f")]
+
+    await _half_a_fork(db, monkeypatch, seen)
+
+    assert (await db.check()).issues == []
+
+
+async def test_a_fork_that_was_given_up_is_removed_by_a_check_that_repairs(
+    late: tuple[Persistence, ManualClock], driver: Any, monkeypatch: pytest.MonkeyPatch, sound: Sound
+) -> None:
+    db, clock = late
+
+    async def dies() -> None:
+        clock.advance(601)
+        found = await db.check(repair=True)
+        assert found.issues == []
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        await _half_a_fork(db, monkeypatch, dies)
+
+    assert await db._all.messages.count() == 1_010
+    await sound(db)
+
+
+async def test_calls_of_every_state_are_compared_with_the_counts(filled: Persistence) -> None:
+    call = await filled._all.tool_calls.get(("s", 2, 0))
+    assert call is not None and call.state == "pending"
+    raw = filled._all.tool_calls
+    key = raw._prefix + raw._pk(("s", 2, 0))
+    changed = msgspec.structs.replace(call, state="executing")
+    await filled.store._commit([Put(key, raw._codec.encode(key, changed))])
+
+    found = await filled.check(session_id="s")
+
+    assert ("count", "session", "s") in _told(found)
+    assert any("'pending': 1" in issue.detail and "'executing': 1" in issue.detail for issue in found.issues)
+
+
+@pytest.mark.parametrize("written", [1, 2])
+async def test_what_an_early_death_of_a_creation_left_is_told_and_removed_when_nobody_can_be_at_it(
+    late: tuple[Persistence, ManualClock], backend: str, monkeypatch: pytest.MonkeyPatch, sound: Sound, written: int
+) -> None:
+    if backend != "ordered":
+        pytest.skip("there a creation is one batch")
+    db, clock = late
+    await db.sessions.create(id="other")
+    before = {entry.key for entry in await db.store._scan(None, None, limit=1_000)}
+    commit, left = type(db.store)._commit, written
+
+    async def dies(self: Any, ops: Any) -> bytes:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise LookupError
+        return await commit(self, ops)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(db.store), "_commit", dies)
+        with pytest.raises(LookupError):
+            await db.sessions.create(id="s")
+
+    assert (await db.check(repair=True)).issues == []  # as far as is known it is under way
+    assert db._all.birth_prefix + "s" in {entry.key for entry in await db.store._scan(None, None, limit=1_000)}
+    clock.advance(601)
+    assert _told(await db.check()) == [("unfinished", "session", "s")]
+    assert (await db.check(repair=True)).issues == []
+    assert {entry.key for entry in await db.store._scan(None, None, limit=1_000)} == before
+    await db.sessions.create(id="s")
+    await sound(db)
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])
+async def test_a_creation_that_was_taken_for_left_over_comes_through_all_the_same(
+    late: tuple[Persistence, ManualClock], backend: str, monkeypatch: pytest.MonkeyPatch, sound: Sound, before: int
+) -> None:
+    if backend != "ordered":
+        pytest.skip("there a creation is one batch")
+    db, clock = late
+    await db.sessions.create(id="other")
+    commit, calls = type(db.store)._commit, 0
+
+    async def slow(self: Any, ops: Any) -> bytes:
+        nonlocal calls
+        calls += 1
+        if calls == before + 1:
+            clock.advance(601)
+            await db.check(repair=True)
+        return await commit(self, ops)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(db.store), "_commit", slow)
+        await db.sessions.create(id="s")
+
+    await db.messages.append("s", kvpersist.Message(role="user", content="x"))
+    assert (await db.check()).issues == []
+    await sound(db)
+
+
+async def test_a_birth_key_that_is_about_to_be_removed_is_taken_back_by_a_creation_that_comes_through(
+    late: tuple[Persistence, ManualClock], backend: str, monkeypatch: pytest.MonkeyPatch, sound: Sound
+) -> None:
+    if backend != "ordered":
+        pytest.skip("there a creation is one batch")
+    db, _ = late
+    await db.sessions.create(id="other")
+    birth_key, commit = db._all.birth_prefix + "s", type(db.store)._commit
+
+    async def claimed(self: Any, ops: Any) -> bytes:
+        if any(op.key == db._all.session_prefix + "s" for op in ops):
+            [birth] = await self._entries([birth_key])
+            await commit(self, [Put(birth_key, b"", birth.version)])
+        return await commit(self, ops)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(db.store), "_commit", claimed)
+        await db.sessions.create(id="s")
+
+    [birth] = await db.store._entries([birth_key])
+    assert birth is not None and birth.value != b""
+    await db.messages.append("s", kvpersist.Message(role="user", content="x"))
+    await sound(db)

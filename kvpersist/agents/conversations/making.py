@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from kvpersist import keys
+from kvpersist.agents.births import given_up
 from kvpersist.agents.collections import Collections
 from kvpersist.agents.conversations.ordered import OrderedTurns
 from kvpersist.agents.conversations.turns import Turns
@@ -37,7 +38,6 @@ _ID_BYTES: Final = 128  # of an encoded session id: what lies below it has to fi
 _TOGETHER: Final = 1_000  # records of one batch
 _RENEWED: Final = 100  # records between two renewals of the note, without atomic batches
 _ATTEMPTS: Final = 40
-_IDLE: Final = 600.0  # seconds after which nobody is at it any more
 _PAGE: Final = 100
 
 
@@ -81,7 +81,7 @@ class Making:
         self._calls: list[ToolCall] = []
         self._others: list[tuple[Repository[Any], Any]] = []
         self._orphans: dict[str, bytes] = {}
-        self._note_key = f"{_note_prefix(collections)}{self._part}"
+        self._note_key = collections.births.making_prefix + self._part
         self._note: bytes | None = None  # the version of the note
 
     async def add(self, messages: Sequence[Message], calls: Sequence[ToolCall]) -> None:
@@ -264,7 +264,7 @@ class Making:
 
 async def finish_makings(every: Collections) -> int:
     """Remove what makings that nobody is at any more left; return how many there were."""
-    prefix = _note_prefix(every)
+    prefix = every.births.making_prefix
     removed = 0
     start: str | None = prefix
     while start is not None:
@@ -274,7 +274,7 @@ async def finish_makings(every: Collections) -> int:
             [record] = await every.store._entries([every.session_prefix + part])
             if live(record) is not None:  # it was made; only the note is left
                 await _remove_note(every, note.key)
-            elif not note.value or every.store.clock() - float(note.value) > _IDLE:
+            elif given_up(note.value, every.store.clock()):
                 await _unmake(every, part, note)
                 removed += 1
         start = page[-1].key + "!" if len(page) == _PAGE else None
@@ -298,7 +298,3 @@ async def _unmake(every: Collections, part: str, note: Entry, *, own: bool = Fal
 
 async def _remove_note(every: Collections, key: str) -> None:
     await every.store._commit([Delete(key)])
-
-
-def _note_prefix(every: Collections) -> str:
-    return f"{every.family.space}:session##making:"  # no index has such a name

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import msgspec
 
 from kvpersist import keys
-from kvpersist.agents.births import Family
+from kvpersist.agents.births import Family, given_up
 from kvpersist.agents.children import Children
 from kvpersist.agents.conversations.messages import Messages
 from kvpersist.agents.conversations.sessions import Sessions
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["AgentForks", "topic_cascade"]
 
-_IDLE: Final = 600.0  # seconds after which nobody is at it any more
 _PAGE: Final = 250  # messages, or notes, read at once
 _EVENTS: Final = 500  # events copied at once
 
@@ -63,7 +62,7 @@ class AgentForks:
         self._now = family.now
         self._store = family.store
         self._atomic = family.atomic
-        self._notes = f"{family.space}:agent##making:"  # no index has such a name
+        self._notes = parents.births.making_prefix
         self._sessions = sessions
         self._messages = messages
         self._events = events
@@ -103,7 +102,7 @@ class AgentForks:
         while start is not None:
             page = await self._store._scan(start, keys.prefix_end(self._notes), limit=_PAGE)
             for note in page:
-                if note.value and self._store.clock() - float(note.value) <= _IDLE:
+                if not given_up(note.value, self._store.clock()):
                     continue
                 try:
                     await self._store._commit([Put(note.key, b"", note.version)])

@@ -118,11 +118,11 @@ class Entries:
             )
             return [entry_of(found) for found in await cursor.to_list()]
 
-    async def insert(self, documents: list[dict[str, Any]]) -> dict[int, KvError | None]:
-        """Insert; return what failed by its position, None where the key is taken."""
+    async def insert(self, documents: list[dict[str, Any]], *, ordered: bool) -> dict[int, KvError | None]:
+        """Insert; return what failed by its position, None where the key is taken. ``ordered``: nothing behind that."""
         with self.errors.writing():
             try:
-                await self._collection.insert_many(documents, ordered=False)
+                await self._collection.insert_many(documents, ordered=ordered)
             except BulkWriteError as error:
                 return self._failed(error)
         return {}

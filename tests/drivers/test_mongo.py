@@ -705,6 +705,23 @@ async def test_a_refused_user_is_told_and_not_tried_again(place: Place) -> None:
     assert "wr0ng" not in str(told.value)
 
 
+async def test_of_a_long_batch_nothing_is_written_behind_a_condition_that_fails(place: Place) -> None:
+    async with place.opened() as driver:
+        await driver.commit([batch(Put("c:005", b"there"))])
+
+        long = batch(*(Put(f"c:{number:03}", b"new", ABSENT) for number in range(300)))
+        [lost, beside] = await driver.commit([long, batch(Put("d:a", b"1", ABSENT), Put("d:b", b"2", ABSENT))])
+
+        assert isinstance(lost, Conflict)
+        assert (lost.key, lost.position) == ("c:005", 5)
+        assert isinstance(beside, Committed)
+        assert [entry.key for entry in await driver.scan("c:", None, limit=1000)] == [
+            *(f"c:{number:03}" for number in range(6)),
+            "d:a",
+            "d:b",
+        ]
+
+
 async def test_a_pool_that_is_used_up_is_told_as_such(place: Place) -> None:
     async with place.opened(pool_max=1, connect_timeout=0.2) as driver:
         await driver.commit([batch(Put("c:a", b"x" * 5_000_000))])

@@ -206,7 +206,9 @@ async def nothing_is_left_alone(seed: int) -> None:
         numbers = [number_of(entry.position) or 0 for entry in found]
         assert numbers == list(range(numbers[0], numbers[0] + len(numbers))) if numbers else True
         assert len(events) == len(found)
-        assert number_of(await publishers[0].publish("t", "on")) == (numbers[-1] + 1 if numbers else None) or not numbers
+        assert (
+            number_of(await publishers[0].publish("t", "on")) == (numbers[-1] + 1 if numbers else None) or not numbers
+        )
 
 
 @pytest.mark.parametrize("check", [numbers_are_whole, nothing_is_left_alone])

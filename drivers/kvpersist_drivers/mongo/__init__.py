@@ -40,7 +40,9 @@ with needs_extra("mongo", module="pymongo"):
 __all__ = ["MongoDriver", "MongoOptions"]
 
 _CLOSE_SECONDS: Final = 2.0  # that calls under way have when the driver is closed
-_FERRETDB_AT_ONCE: Final = 64  # each holds one of its 100 SQLite connections; it stops for ever when all are held
+_FERRETDB_AT_ONCE: Final = 64
+"""Each replacement holds one of its 100 SQLite connections, and it stops for ever when all are held. Of inserts in
+order it ends the hundred in which one fails, and goes on with the next hundred."""
 _GRACE: Final = 1.0  # seconds that a call has to end whose caller was cancelled
 _TLS: Final[dict[str, dict[str, Any]]] = {
     "false": {"tls": False},

@@ -2,8 +2,8 @@
 
 A commit goes in waves. Each batch that need not wait for an earlier one with a key in common adds its
 next operation to the wave, or several where that keeps their order; a wave is at most one insert, one
-update and one delete command, whatever the number of batches. So a thousand batches of one key are one
-command, and a batch of k operations is at most k.
+update and one delete command, whatever the number of batches, and one insert more for each batch that adds
+several keys. So a thousand batches of one key are one command, and a batch of k operations is at most k.
 
 Of a command with many conditional replacements the server tells how many were made, not which. Where
 they are fewer than asked for, reading the versions back tells: each was made under a version nobody
@@ -117,8 +117,8 @@ class Commit:
     def _take(self, run: _Run, wave: dict[_Act, list[_Step]]) -> None:
         """Add to the wave what can be done of ``run`` without knowing how anything else ends.
 
-        Checks go together, and so do puts and deletes that cannot fail; after such puts one
-        conditional put, as one command does them in their order.
+        Checks go together, and so do puts and deletes that cannot fail, and puts of what must not be there;
+        after puts that cannot fail one conditional put, as one command does them in their order.
         """
         first: _Act | None = None
         for op in run.batch.ops[run.at :]:
@@ -127,12 +127,13 @@ class Commit:
                 if first is _Act.SET and act is _Act.SWAP and self._turns is None and not self._foreseen(run, op):
                     wave.setdefault(act, []).append(_Step(run, op))
                 return
-            if first is None and self._foreseen(run, op):
-                self._fail(run, op, self._known[op.key])
+            if self._foreseen(run, op):
+                if first is None:
+                    self._fail(run, op, self._known[op.key])
                 return
             wave.setdefault(act, []).append(_Step(run, op))
             first = act
-            if act in (_Act.INSERT, _Act.SWAP, _Act.REMOVE_IF):
+            if act in (_Act.SWAP, _Act.REMOVE_IF):
                 return
 
     def _act(self, op: Op) -> _Act:
@@ -175,10 +176,19 @@ class Commit:
                 self._fail(run, op, found[op.key])
 
     async def _insert(self, steps: Sequence[_Step]) -> None:
-        if not steps:
-            return
+        """One command; one for each batch with several, which ends where one of them fails."""
+        own: dict[int, list[_Step]] = {}
+        for step in steps:
+            own.setdefault(step.run.place, []).append(step)
+        for several in (of_one for of_one in own.values() if len(of_one) > 1):
+            await self._insert_together(several, ordered=True)
+        single = [of_one[0] for of_one in own.values() if len(of_one) == 1]
+        if single:
+            await self._insert_together(single, ordered=False)
+
+    async def _insert_together(self, steps: Sequence[_Step], *, ordered: bool) -> None:
         self._sent = steps
-        failed = await self._entries.insert([document(op, run.batch.version) for run, op in steps])
+        failed = await self._entries.insert([document(op, run.batch.version) for run, op in steps], ordered=ordered)
         self._sent = ()
         taken: list[_Step] = []
         for position, (run, op) in enumerate(steps):
@@ -188,6 +198,8 @@ class Commit:
                 self._end(run, error)
             else:
                 taken.append(steps[position])
+            if ordered and position in failed:
+                break
         found = await self._look(taken)
         for run, op in taken:
             if found[op.key] is ABSENT:  # expired, or deleted meanwhile

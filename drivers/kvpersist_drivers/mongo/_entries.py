@@ -63,7 +63,7 @@ class Entries:
     def __init__(self, database: Any, name: str, errors: Translator) -> None:
         self.errors = errors
         self.finds_one_only = False  # the server reads every document, unless it is asked for one by its ``_id``
-        self.at_once = sys.maxsize  # replacements that one command may have
+        self.at_once = sys.maxsize  # replacements, or inserts in order, that one command may have
         writes: WriteConcern = database.client.write_concern
         if writes.is_server_default:
             writes = WriteConcern("majority")
@@ -118,11 +118,24 @@ class Entries:
             )
             return [entry_of(found) for found in await cursor.to_list()]
 
-    async def insert(self, documents: list[dict[str, Any]]) -> dict[int, KvError | None]:
-        """Insert; return what failed by its position, None where the key is taken."""
+    async def insert(self, documents: list[dict[str, Any]], *, ordered: bool) -> dict[int, KvError | None]:
+        """Insert; return what failed by its position, None where the key is taken. ``ordered``: nothing behind that."""
+        most = self.at_once if ordered else len(documents)
+        for at in range(0, len(documents), most):
+            try:
+                failed = await self._insert(documents[at : at + most], ordered)
+            except KvError as error:
+                if at and error.outcome == "none":
+                    raise CommitUnknown((), f"some of it was written: {error}") from error
+                raise
+            if failed:
+                return {at + position: error for position, error in failed.items()}
+        return {}
+
+    async def _insert(self, documents: list[dict[str, Any]], ordered: bool) -> dict[int, KvError | None]:
         with self.errors.writing():
             try:
-                await self._collection.insert_many(documents, ordered=False)
+                await self._collection.insert_many(documents, ordered=ordered)
             except BulkWriteError as error:
                 return self._failed(error)
         return {}

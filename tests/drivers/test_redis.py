@@ -367,6 +367,85 @@ async def test_a_batch_that_cannot_be_kept_fails_alone(driver: RedisDriver) -> N
     assert [entry.key for entry in await driver.scan(None, None, limit=9)] == ["c:a", "c:d"]
 
 
+async def test_nothing_is_left_of_a_batch_that_is_refused_behind_its_first_operations(driver: RedisDriver) -> None:
+    there = b"12345678"
+    await driver.commit([batch(Put("c:a", b"1"), Put("c:b", b"1"), Put("c:e", b"1"), version=there)])
+    lost = [Check("c:e", there), Put("c:b", b"2", there), Delete("c:a", there), Put("c:n", b"2", ABSENT, 1e10)]
+
+    outcomes = await driver.commit(
+        [
+            batch(*lost, Put("c:\ud800", b"2")),
+            batch(Check("c:e", there), Check("c:n", ABSENT), Put("c:b", b"3", there)),
+            batch(*lost, Put("c:s", b"2", b"short")),
+        ]
+    )
+
+    assert [type(outcome) for outcome in outcomes] == [BadKey, Committed, BadRequest]
+    found = await driver.get(["c:a", "c:b", "c:n", "c:s"])
+    assert [entry and (entry.value, entry.expires_at) for entry in found] == [(b"1", None), (b"3", None), None, None]
+
+
+async def test_a_batch_is_judged_by_what_those_before_it_in_the_call_did(driver: RedisDriver) -> None:
+    first, second, third, fourth = (bytes([n]) * 8 for n in range(1, 5))
+    await driver.commit([batch(Put("c:old", b"0"), version=fourth)])
+    later = await driver.now() + 1000
+
+    outcomes = await driver.commit(
+        [
+            batch(Put("c:a", b"1", ABSENT), version=first),
+            batch(Check("c:old", fourth), Put("c:a", b"2", ABSENT), version=second),  # it is there now
+            batch(Put("c:b", b"2"), Put("c:a", b"3", first), version=second),
+            batch(Put("c:x", b"x"), Check("c:a", first)),  # it was replaced
+            batch(Delete("c:a", second), Delete("c:old", fourth)),
+            batch(Check("c:a", ABSENT), Put("c:p", b"p", ABSENT, expires_at=1.0), version=first),  # it never was
+            batch(Check("c:p", first)),
+            batch(Check("c:p", ABSENT), Put("c:t", b"4", expires_at=later), Put("c:a", b"4"), version=third),
+            batch(Put("c:t", b"5", third), Delete("c:b", second), Put("c:u", b"5", None, later), version=first),
+            batch(Put("c:b", b"6", second), version=fourth),  # it is gone
+            batch(Check("c:t", first), Put("c:old", b"7", fourth)),  # so is this
+            batch(Put("c:u", b"8", first), Delete("c:none"), version=second),
+        ]
+    )
+
+    failed = {at: outcome for at, outcome in enumerate(outcomes) if not isinstance(outcome, Committed)}
+    assert {
+        at: (error.key, error.found, error.position) for at, error in failed.items() if isinstance(error, Conflict)
+    } == {
+        1: ("c:a", first, 1),
+        3: ("c:a", second, 1),
+        6: ("c:p", ABSENT, 0),
+        9: ("c:b", ABSENT, 0),
+        10: ("c:old", ABSENT, 1),
+    }
+    assert len(failed) == 5
+    found = await driver.scan(None, None, limit=9)
+    assert [(entry.key, entry.value, entry.version, entry.expires_at) for entry in found] == [
+        ("c:a", b"4", third, None),
+        ("c:t", b"5", first, None),
+        ("c:u", b"8", second, None),
+    ]
+
+
+async def test_thousands_of_operations_of_one_call_are_judged_and_written(driver: RedisDriver) -> None:
+    keys = [f"c:{n:05}" for n in range(9000)]
+    old, new = b"11111111", b"22222222"
+
+    for ops, outcome in (
+        ([Put(key, b"1", ABSENT) for key in keys], Committed),
+        ([Put(key, b"2", ABSENT if key == keys[-1] else new) for key in keys], Conflict),
+        ([Check(key, ABSENT) for key in (*keys[:-1], "c:none")], Conflict),
+        ([Put(key, b"2", old) for key in keys], Committed),
+    ):
+        [answer] = await driver.commit([batch(*ops, version=new if ops[0].expect == old else old)])
+        assert isinstance(answer, outcome)
+    [answer] = await driver.commit([batch(*(Check(key, new) for key in keys))])
+    assert isinstance(answer, Committed)
+    assert len(await driver.scan("c:", "c;", limit=10_000)) == 9000
+    [answer] = await driver.commit([batch(*(Delete(key, new) for key in keys))])
+    assert isinstance(answer, Committed)
+    assert await driver.scan(None, None, limit=5) == []
+
+
 async def test_a_key_with_a_lone_surrogate_is_no_key(driver: RedisDriver) -> None:
     with pytest.raises(BadKey):
         await driver.get(["c:\ud800"])
@@ -389,10 +468,15 @@ async def test_a_full_server_refuses_puts_whole_and_takes_deletes(own_server: Re
         own_server.say("CONFIG", "SET", "maxmemory", "1")
 
         outcomes = await driver.commit(
-            [batch(Delete("c:a"), Put("c:c", b"3")), batch(Delete("c:b")), batch(Put("c:d", b"4"))]
+            [
+                *(batch(Delete("c:a"), Put("c:c", b"3")), batch(Delete("c:b")), batch(Put("c:d", b"4"))),
+                *(batch(Check("c:d", ABSENT)), batch(Check("c:b", ABSENT), Put("c:d", b"5", ABSENT))),
+                *(batch(Check("c:a", ABSENT), Put("c:c", b"6")), batch(Delete("c:d", b"12345678"))),
+            ]
         )
 
-        assert [type(outcome) for outcome in outcomes] == [Unavailable, Committed, Unavailable]
+        kinds = [Unavailable, Committed, Unavailable, Committed, Unavailable, Conflict, Conflict]
+        assert [type(outcome) for outcome in outcomes] == kinds
         assert "OOM" in str(outcomes[0])
         assert [entry and entry.value for entry in await driver.get(["c:a", "c:b", "c:c", "c:d"])] == [
             b"1",
@@ -417,7 +501,7 @@ async def test_a_replica_reads_and_refuses_to_write(own_server: RedisServer, red
 
 
 async def test_a_user_who_lacks_one_command_writes_nothing(own_server: RedisServer) -> None:
-    for lacking in ("set", "zadd", "sadd", "zrem", "del"):
+    for lacking in ("set", "mset", "zadd", "sadd", "zrem", "del"):
         own_server.say("ACL", "SETUSER", "ada", "reset", "on", ">pw", "~*", "+@all", f"-{lacking}")
         url = f"redis://ada:pw@127.0.0.1:{own_server.port}"
         async with _opened(own_server, url=url) as driver:
@@ -429,6 +513,33 @@ async def test_a_user_who_lacks_one_command_writes_nothing(own_server: RedisServ
             assert isinstance(outcome, ReadOnly), (lacking, outcome)
             assert await driver.get(["c:a"]) == [None]
             assert await driver.scan(None, None, limit=5) == []
+
+
+async def test_a_user_who_loses_a_command_changes_nothing_or_is_told_that_nobody_knows(own_server: RedisServer) -> None:
+    there = b"12345678"
+    for lost, told in (("sadd", ReadOnly), ("zadd", ReadOnly), ("mset", ReadOnly), ("set", CommitUnknown)):
+        own_server.say("ACL", "SETUSER", "ada", "reset", "on", ">pw", "~*", "&*", "+@all")
+        async with _opened(own_server, url=f"redis://ada:pw@127.0.0.1:{own_server.port}") as driver:
+            await driver.commit([batch(Put("c:a", b"1"), Put("c:b", b"1"), version=there)])
+            own_server.say("ACL", "SETUSER", "ada", f"-{lost}")
+            try:
+                [outcome, conflict] = await driver.commit(
+                    [
+                        batch(Put("c:a", b"2", there), Put("c:n", b"2"), Put("c:t", b"2", None, 1e10), Delete("c:b")),
+                        batch(Put("c:x", b"2", there)),
+                    ]
+                )
+            except KvError as error:
+                outcome = conflict = error
+
+            assert type(outcome) is told, lost
+            if told is CommitUnknown:
+                assert outcome.keys == ("c:a", "c:n", "c:t", "c:b")
+                assert isinstance(conflict, Conflict)
+            else:
+                found = await driver.get(["c:a", "c:b", "c:n", "c:t"])
+                assert [entry and entry.value for entry in found] == [b"1", b"1", None, None]
+                assert [entry.key for entry in await driver.scan(None, None, limit=5)] == ["c:a", "c:b"]
 
 
 @_needs_redis_7

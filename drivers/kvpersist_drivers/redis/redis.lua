@@ -2,9 +2,9 @@
 -- One drain of one namespace's batches, answered by those that failed, three items each: its number from 1;
 -- the position of a condition and the version found there, or -1 and why the batch was refused. A first
 -- item of number 0 and position -2: all the others may have been written in part, and the server's error.
--- A batch happens whole or not at all: every condition is read before the first write, what can refuse a
--- write (memory, a user's rights, a replica, an index that is none) refuses the first one, and all values
--- that do not expire are written by that one.
+-- A batch happens whole or not at all: every condition is read before the first write, and what can refuse
+-- a write (memory, a user's rights, a replica, an index that is none) refuses the first one: SADD, or ZADD
+-- of nothing. Members come before their values, and all values that do not expire come at once.
 --
 -- KEYS: the set of namespaces, index, expiries; then the names of all operations of kind 1, of kind 2, ...
 -- ARGV: the plan; the namespace's text; the versions expected (kinds 4, 5, 6); the values (kinds 2, 3, 4)
@@ -14,16 +14,13 @@
 -- 2 if changes are published, 4 if some values expire, 8 if no name occurs twice (1); the number of the
 -- last operation of each kind (3); then each batch: the kind of each operation, with the number of what is
 -- checked behind it (3), as several batches may check the same, and 0 (1).
-local byte, sub, pcall = string.byte, string.sub, redis.pcall
+local byte, sub, pcall, type, unpack, KEYS, ARGV = string.byte, string.sub, redis.pcall, type, unpack, KEYS, ARGV
 local plan, index = ARGV[1], KEYS[2]
 local flags = byte(plan, 1)
 local sharded, tells, timed, distinct = flags % 2 > 0, flags % 4 > 1, flags % 8 > 3, flags > 7
-local function number(at)
-  local a, b, c = byte(plan, at, at + 2)
-  return (a * 256 + b) * 256 + c
-end
-local last = {[0] = 3}
-for kind = 1, 7 do last[kind] = number(3 * kind - 1) end
+local ends = {byte(plan, 2, 22)}
+local last = {[0] = 3, 0, 0, 0, 0, 0, 0, 0}
+for kind = 1, 7 do last[kind] = ends[3 * kind - 2] * 65536 + ends[3 * kind - 1] * 256 + ends[3 * kind] end
 local to_value, to_version = 3 - last[1], 1 - 8 * (last[3] + 1) -- of what is behind KEYS[i]: ARGV[i + ..], 8 * i + ..
 
 local clock
@@ -88,7 +85,8 @@ if not hold then
     while kind > 0 do
       local i
       if kind == 1 or kind == 5 then
-        i = last[kind - 1] + 1 + number(at + 1)
+        local a, b, c = byte(plan, at + 1, at + 3)
+        i = last[kind - 1] + 1 + a * 65536 + b * 256 + c
         at = at + 3
       else
         i = following[kind]
@@ -162,6 +160,8 @@ local function write_many(items, count, command, key) -- unpack holds 7,990 valu
   end
 end
 
+write_many(scored, score, 'ZADD', index)
+wrote = false -- members without a value are passed over, and leave the index
 write_many(values, clear, 'MSET')
 local dated = {}
 for _, i in ipairs(lapsing) do
@@ -172,7 +172,6 @@ for _, i in ipairs(lapsing) do
   dated[#dated + 1] = sub(KEYS[i], from)
 end
 write_many(names, #names, 'DEL')
-write_many(scored, score, 'ZADD', index)
 write_many(gone, #gone, 'ZREM', index)
 if #dated > 0 and not trouble then
   write_many(dated, #dated, 'ZADD', KEYS[3])

@@ -257,7 +257,10 @@ class RecordCodec(Generic[R]):
         """
         if type(record) is not self._class:
             self._refuse(record)
-        payload = self._write(record)
+        return self.framed(key, self._write(record))
+
+    def framed(self, key: str, payload: bytes) -> bytes:
+        """Return ``payload``, a record of this version that was made elsewhere, framed for ``key``."""
         if self._codec != MSGPACK:
             return frame(key, payload, self._codec, self._version)
         crc = crc32(payload, crc32(key.encode(), self._packed_seed))
@@ -435,7 +438,6 @@ def _crc(key: str, payload: bytes, codec: int, schema: int) -> int:
     return crc32(payload, crc32(key.encode(), _seed(codec, schema)))
 
 
-@lru_cache(16)
 def _head(codec: int, schema: int) -> bytes:
     head = bytearray((codec,))
     while schema > 0x7F:

@@ -152,8 +152,7 @@ def encode(value: Part, descending: bool = False) -> str:
     if isinstance(value, int):
         return _int_part(~int(value) if descending else int(value))
     if isinstance(value, datetime):
-        moment = _microseconds(value)
-        return _int_part(~moment if descending else moment)
+        return _moment_part(value, descending)
     if isinstance(cast(Any, value), float):
         return _float_part(value, descending)
     raise BadKey(value, f"{type(value).__name__} cannot be part of a key: use str, int, float, bool, datetime or UUID")
@@ -289,7 +288,7 @@ def index_text(value: str) -> tuple[str, bool]:
     return f"{head}{_HASHED}{blake2b(data, digest_size=16).hexdigest()}", True
 
 
-@lru_cache(1024)  # a message's number is in several keys, the time of a record in several indexes
+@lru_cache(1024)  # the same numbers come again and again
 def _int_part(number: int) -> str:
     if number >= 0:
         text = f"{number:x}"
@@ -322,6 +321,19 @@ def _float_of(part: str, descending: bool) -> float:
     bits = int(part, 16) ^ (_ALL_BITS if descending else 0)
     bits = bits ^ _SIGN if bits & _SIGN else bits ^ _ALL_BITS
     return _DOUBLE.unpack(_BITS.pack(bits))[0]
+
+
+_latest = _EPOCH, False, "h0"  # the time encoded last, in which order, and what came of it
+
+
+def _moment_part(value: datetime, descending: bool) -> str:
+    global _latest
+    moment, order, part = _latest  # in one step: other threads write it too
+    if moment is not value or order is not descending:  # else: another index of the record has the same time
+        number = _microseconds(value)
+        part = _int_part(~number if descending else number)
+        _latest = value, descending, part
+    return part
 
 
 def _microseconds(value: datetime) -> int:

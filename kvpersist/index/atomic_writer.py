@@ -254,7 +254,7 @@ class AtomicWriter(Writer[R]):
         renewed = old is not None and old.expires_at != expires_at  # entries carry the record's expiry
         for slot in known.maintained:
             had = self.held_keys(slot, before, pk)
-            has = self.wanted_keys(slot, record, pk)
+            has = [] if record is None else slot.wanted_keys(record, pk)
             gone = [key for key in had if key not in has]
             kept = [key for key in has if key in had] if renewed else []
             if slot.bound.unique and slot.state == "building" and (gone or kept):

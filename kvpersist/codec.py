@@ -34,10 +34,8 @@ import msgspec.inspect as inspect
 
 from kvpersist._freeform import (
     DEPTH_LIMIT,
-    Free,
     FreeDict,
     Refused,
-    Shape,
     Shapes,
     ext_hook,
     json_free,
@@ -375,7 +373,12 @@ class _Packed:
 
     def write(self, record: Any) -> bytes:
         """Return the payload, once it has been read back alike."""
-        kept = record if self._shape is None else _kept(self._shape, record, packed_free)
+        kept = record
+        if self._shape is not None:
+            try:
+                kept = self._shape.write(record, 0, packed_free)
+            except Refused as refused:
+                raise refused.public() from None
         try:
             payload = _PACK(kept)
         except _REFUSALS as error:
@@ -405,7 +408,12 @@ class _Text:
     def write(self, record: Any) -> bytes:
         """Return the payload, once it has been read back."""
         self._packed.write(record)
-        kept = record if self._shape is None else _kept(self._shape, record, json_free)
+        kept = record
+        if self._shape is not None:
+            try:
+                kept = self._shape.write(record, 0, json_free)
+            except Refused as refused:
+                raise refused.public() from None
         try:
             payload = _json_text(kept)
         except _REFUSALS as error:
@@ -464,13 +472,6 @@ def _varint(key: str, data: bytes) -> tuple[int, int]:
 
 def _json_text(value: Any) -> bytes:
     return msgspec.json.format(_JSON_ENCODE(value), indent=2)
-
-
-def _kept(shape: Shape, record: Any, free: Free) -> Any:
-    try:
-        return shape.write(record, 0, free)
-    except Refused as refused:
-        raise refused.public() from None
 
 
 def _plain(key: str, framed: Framed) -> Any:

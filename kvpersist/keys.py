@@ -59,6 +59,7 @@ NAMESPACE_LIMIT: Final = 64  # UTF-8 bytes of an encoded namespace
 LOCKS: Final = "#lock"  # what stands for the collection in the keys of locks; no collection has such a name
 _CUT: Final = 120  # UTF-8 bytes kept of text over INDEX_LIMIT
 _HASHED: Final = "%~"  # no escaped text contains it, so cut text never meets whole text
+_COMPLEMENTS: Final = str.maketrans("0123456789abcdef", "fedcba9876543210")  # the digits of n to those of ~n
 _INT_DIGITS: Final = 64  # hex digits; the length character of more would fall below '%'
 
 _META: Final = frozenset(("def", "stat", "birth", "deleting"))
@@ -143,6 +144,8 @@ def encode(value: Part, descending: bool = False) -> str:
     """
     if type(value) is int:
         return _int_part(~value if descending else value)
+    if isinstance(value, datetime):
+        return _moment_part(value, descending)
     if isinstance(value, (str, UUID)):
         if descending:
             raise BadKey(value, "text has no descending order: order by a number or a time")
@@ -151,8 +154,6 @@ def encode(value: Part, descending: bool = False) -> str:
         return "1" if value is not descending else "0"
     if isinstance(value, int):
         return _int_part(~int(value) if descending else int(value))
-    if isinstance(value, datetime):
-        return _moment_part(value, descending)
     if isinstance(cast(Any, value), float):
         return _float_part(value, descending)
     raise BadKey(value, f"{type(value).__name__} cannot be part of a key: use str, int, float, bool, datetime or UUID")
@@ -295,9 +296,9 @@ def _int_part(number: int) -> str:
         if len(text) <= _INT_DIGITS:
             return chr(103 + len(text)) + text
     else:
-        digits = len(f"{~number:x}")
-        if digits <= _INT_DIGITS:
-            return f"{chr(103 - digits)}{(1 << 4 * digits) + number:0{digits}x}"
+        text = f"{~number:x}"
+        if len(text) <= _INT_DIGITS:
+            return chr(103 - len(text)) + text.translate(_COMPLEMENTS)
     raise BadKey(number, "an integer in a key has at most 256 bits")
 
 

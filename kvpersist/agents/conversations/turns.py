@@ -257,10 +257,11 @@ class Round:
         ops.append(Put(key, every.packed(key, stat), parent.version or ABSENT))
 
         def after(version: bytes) -> Parent:
+            remembered = parent.recent
             if recent:
                 remembered = {pk: Entry(key, data, version) for pk, (key, data) in recent.items()}
-            else:
-                remembered = {pk: entry for pk, entry in parent.recent.items() if pk not in self._calls}
+            elif remembered:
+                remembered = {pk: entry for pk, entry in remembered.items() if pk not in self._calls}
             return Parent(parent.birth, stat, version, remembered)
 
         return Built(ops, after, self._results, claims=self._claims)

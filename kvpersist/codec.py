@@ -34,10 +34,8 @@ import msgspec.inspect as inspect
 
 from kvpersist._freeform import (
     DEPTH_LIMIT,
-    Free,
     FreeDict,
     Refused,
-    Shape,
     Shapes,
     ext_hook,
     json_free,
@@ -261,7 +259,10 @@ class RecordCodec(Generic[R]):
         """
         if type(record) is not self._class:
             self._refuse(record)
-        payload = self._write(record)
+        return self.framed(key, self._write(record))
+
+    def framed(self, key: str, payload: bytes) -> bytes:
+        """Return ``payload``, a record of this version that was made elsewhere, framed for ``key``."""
         if self._codec != MSGPACK:
             return frame(key, payload, self._codec, self._version)
         crc = crc32(payload, crc32(key.encode(), self._packed_seed))
@@ -384,7 +385,12 @@ class _Packed:
 
     def write(self, record: Any) -> bytes:
         """Return the payload, once it has been read back alike."""
-        kept = record if self._shape is None else _kept(self._shape, record, packed_free)
+        kept = record
+        if self._shape is not None:
+            try:
+                kept = self._shape.write(record, 0, packed_free)
+            except Refused as refused:
+                raise refused.public() from None
         try:
             payload = _PACK(kept)
         except _REFUSALS as error:
@@ -415,7 +421,12 @@ class _Text:
     def write(self, record: Any) -> bytes:
         """Return the payload, once it has been read back."""
         self._packed.write(record)
-        kept = record if self._shape is None else _kept(self._shape, record, json_free)
+        kept = record
+        if self._shape is not None:
+            try:
+                kept = self._shape.write(record, 0, json_free)
+            except Refused as refused:
+                raise refused.public() from None
         try:
             payload = _json_text(kept)
         except _REFUSALS as error:
@@ -448,7 +459,6 @@ def _crc(key: str, payload: bytes, codec: int, schema: int) -> int:
     return crc32(payload, crc32(key.encode(), _seed(codec, schema)))
 
 
-@lru_cache(16)
 def _head(codec: int, schema: int) -> bytes:
     head = bytearray((codec,))
     while schema > 0x7F:
@@ -475,13 +485,6 @@ def _varint(key: str, data: bytes) -> tuple[int, int]:
 
 def _json_text(value: Any) -> bytes:
     return msgspec.json.format(_JSON_ENCODE(value), indent=2)
-
-
-def _kept(shape: Shape, record: Any, free: Free) -> Any:
-    try:
-        return shape.write(record, 0, free)
-    except Refused as refused:
-        raise refused.public() from None
 
 
 def _plain(key: str, framed: Framed) -> Any:

@@ -59,6 +59,7 @@ NAMESPACE_LIMIT: Final = 64  # UTF-8 bytes of an encoded namespace
 LOCKS: Final = "#lock"  # what stands for the collection in the keys of locks; no collection has such a name
 _CUT: Final = 120  # UTF-8 bytes kept of text over INDEX_LIMIT
 _HASHED: Final = "%~"  # no escaped text contains it, so cut text never meets whole text
+_COMPLEMENTS: Final = str.maketrans("0123456789abcdef", "fedcba9876543210")  # the digits of n to those of ~n
 _INT_DIGITS: Final = 64  # hex digits; the length character of more would fall below '%'
 
 _META: Final = frozenset(("def", "stat", "birth", "deleting"))
@@ -143,6 +144,8 @@ def encode(value: Part, descending: bool = False) -> str:
     """
     if type(value) is int:
         return _int_part(~value if descending else value)
+    if isinstance(value, datetime):
+        return _moment_part(value, descending)
     if isinstance(value, (str, UUID)):
         if descending:
             raise BadKey(value, "text has no descending order: order by a number or a time")
@@ -151,9 +154,6 @@ def encode(value: Part, descending: bool = False) -> str:
         return "1" if value is not descending else "0"
     if isinstance(value, int):
         return _int_part(~int(value) if descending else int(value))
-    if isinstance(value, datetime):
-        moment = _microseconds(value)
-        return _int_part(~moment if descending else moment)
     if isinstance(cast(Any, value), float):
         return _float_part(value, descending)
     raise BadKey(value, f"{type(value).__name__} cannot be part of a key: use str, int, float, bool, datetime or UUID")
@@ -289,16 +289,16 @@ def index_text(value: str) -> tuple[str, bool]:
     return f"{head}{_HASHED}{blake2b(data, digest_size=16).hexdigest()}", True
 
 
-@lru_cache(1024)  # a message's number is in several keys, the time of a record in several indexes
+@lru_cache(1024)  # the same numbers come again and again
 def _int_part(number: int) -> str:
     if number >= 0:
         text = f"{number:x}"
         if len(text) <= _INT_DIGITS:
             return chr(103 + len(text)) + text
     else:
-        digits = len(f"{~number:x}")
-        if digits <= _INT_DIGITS:
-            return f"{chr(103 - digits)}{(1 << 4 * digits) + number:0{digits}x}"
+        text = f"{~number:x}"
+        if len(text) <= _INT_DIGITS:
+            return chr(103 - len(text)) + text.translate(_COMPLEMENTS)
     raise BadKey(number, "an integer in a key has at most 256 bits")
 
 
@@ -322,6 +322,19 @@ def _float_of(part: str, descending: bool) -> float:
     bits = int(part, 16) ^ (_ALL_BITS if descending else 0)
     bits = bits ^ _SIGN if bits & _SIGN else bits ^ _ALL_BITS
     return _DOUBLE.unpack(_BITS.pack(bits))[0]
+
+
+_latest = _EPOCH, False, "h0"  # the time encoded last, in which order, and what came of it
+
+
+def _moment_part(value: datetime, descending: bool) -> str:
+    global _latest
+    moment, order, part = _latest  # in one step: other threads write it too
+    if moment is not value or order is not descending:  # else: another index of the record has the same time
+        number = _microseconds(value)
+        part = _int_part(~number if descending else number)
+        _latest = value, descending, part
+    return part
 
 
 def _microseconds(value: datetime) -> int:

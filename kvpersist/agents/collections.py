@@ -12,7 +12,7 @@ from kvpersist import keys
 from kvpersist.agents.births import Belongs, Births, Family, checks_of
 from kvpersist.agents.records import Message, Session, ToolCall
 from kvpersist.agents.stat import Stat
-from kvpersist.codec import JSON, MSGPACK, RecordCodec, frame
+from kvpersist.codec import RecordCodec
 from kvpersist.driver import Check, Delete, Entry, Op
 from kvpersist.errors import CorruptRecord
 from kvpersist.index.writer import live
@@ -44,9 +44,7 @@ class Collections:
         self.sessions, self.messages, self.tool_calls = sessions, messages, tool_calls
         self.own_call_indexes = own_call_indexes
         self.stats = RecordCodec(Stat, codec=store.codec)
-        packs = store.codec == "msgpack"
-        self._format = MSGPACK if packs else JSON
-        self._pack = msgspec.msgpack.Encoder().encode if packs else msgspec.json.Encoder().encode
+        self._pack = (msgspec.msgpack if store.codec == "msgpack" else msgspec.json).Encoder().encode
         self.message_prefix = keys.record_prefix(space, "message")
         self.call_prefix = keys.record_prefix(space, "tool_call")
         self.session_prefix = keys.record_prefix(space, "session")
@@ -108,7 +106,7 @@ class Collections:
 
     def packed(self, key: str, stat: Stat) -> bytes:
         """Encode a stat record. It is made here, so its types need no proof."""
-        return frame(key, self._pack(stat), self._format, 1)
+        return self.stats.framed(key, self._pack(stat))
 
     def stat_of(self, entry: Entry) -> Stat:
         """Decode a stat record."""

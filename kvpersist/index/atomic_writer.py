@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from kvpersist.driver import ABSENT, Check, Delete, Entry, Expect, Op, Put
 from kvpersist.errors import Conflict, CorruptRecord, KvError, UniqueConflict
@@ -45,6 +45,9 @@ class IndexOps:
         self.claims[key] = slot
 
 
+_NONE: Final = IndexOps()  # where there are no indexes; never changed
+
+
 class AtomicWriter(Writer[R]):
     """One batch per save: all of it happens, or nothing."""
 
@@ -72,11 +75,10 @@ class AtomicWriter(Writer[R]):
             seen = None if stored is UNREAD else stored
             wanted = expect if stored is UNREAD else version_of(stored)
             put = Put(key, self.encoded(key, record, seen, known), wanted, expires_at)
-            ops = IndexOps()
+            ops = IndexOps() if known.maintained else _NONE
             try:
-                if not known.maintained:
-                    return await self._store._commit((known.check, put, *also))
-                await self.index_ops(ops, known, pk, seen, record, expires_at, orphans)
+                if known.maintained:
+                    await self.index_ops(ops, known, pk, seen, record, expires_at, orphans)
                 return await self._store._commit((known.check, put, *ops.by_key.values(), *also))
             except UniqueConflict:
                 raise
@@ -259,7 +261,7 @@ class AtomicWriter(Writer[R]):
         renewed = old is not None and old.expires_at != expires_at  # entries carry the record's expiry
         for slot in known.maintained:
             had = self.held_keys(slot, before, pk)
-            has = self.wanted_keys(slot, record, pk)
+            has = [] if record is None else slot.wanted_keys(record, pk)
             gone = [key for key in had if key not in has]
             kept = [key for key in has if key in had] if renewed else []
             if slot.bound.unique and slot.state == "building" and (gone or kept):

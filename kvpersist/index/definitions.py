@@ -32,6 +32,8 @@ __all__ = ["LEASE", "BytesStore", "Definition", "Definitions", "Known", "Slot", 
 LEASE: Final = 30.0
 """Seconds for which a definition is trusted without looking again."""
 
+_LONG_KEY: Final = 120  # characters from which a key's bytes are counted (UTF-8 has at most 4 per character)
+
 State = Literal["building", "readable", "dropping", "dead"]
 
 
@@ -93,6 +95,15 @@ class Slot:
         """Return the keys of the entries ``record`` has here. Raises Unencodable."""
         bound = self.bound
         return bound.keys(record, self.prefix, "" if bound.unique else "!" + pk)
+
+    def wanted_keys(self, record: Any, pk: str) -> list[str]:
+        """Return the keys of the entries that a new record needs. Raises Unencodable, KeyTooLong."""
+        bound = self.bound
+        found = bound.keys(record, self.prefix, "" if bound.unique else "!" + pk)
+        for key in found:
+            if len(key) > _LONG_KEY:
+                keys.check_key(key)
+        return found
 
     def stored_keys(self, record: Any, pk: str) -> list[str]:
         """As `keys`, of a record that may be older than the index: none where it does not fit."""

@@ -30,6 +30,8 @@ KINDS: Final[dict[str, type]] = {
 }
 """What a part of a key may be, by name."""
 
+_SHORT: Final = keys.INDEX_LIMIT // 4  # characters that cannot be more bytes than an index value may have
+
 
 class Field(msgspec.Struct):
     """What a path leads to; ``kind`` None: free-form data. ``optional``: there may be no value."""
@@ -275,7 +277,8 @@ def _encoder(label: str, kind: type, descending: bool, whole: bool) -> Callable[
             except TypeError as error:
                 raise Unencodable(label, f"it is indexed as str, found {type(value).__name__}") from error
         try:
-            return keys.index_text(value)[0]
+            part = keys.escape(value)
+            return part if len(part) <= _SHORT else keys.index_text(value)[0]
         except BadKey as error:
             raise Unencodable(label, error.reason) from error
 

@@ -184,7 +184,10 @@ class OrderedWriter(Writer[R]):
         stale: list[str] = []
         for slot in known.maintained:
             had = [] if slot.slot in rebuilt else self.held_keys(slot, before, pk)
-            has = self.held_keys(slot, record, pk) if rebuilt else self.wanted_keys(slot, record, pk)
+            if rebuilt or record is None:
+                has = self.held_keys(slot, record, pk)
+            else:
+                has = slot.wanted_keys(record, pk)
             stale.extend(each for each in had if each not in has)
             added = [each for each in has if each not in had]
             if slot.bound.unique:

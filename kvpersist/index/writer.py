@@ -14,7 +14,7 @@ from kvpersist.codec import RecordCodec
 from kvpersist.driver import ABSENT, Entry, Expect
 from kvpersist.errors import Conflict, UniqueConflict, Unsupported
 from kvpersist.index.definitions import BytesStore, Definitions, Known, Slot
-from kvpersist.keys import check_key, unescape
+from kvpersist.keys import unescape
 from kvpersist.transaction import jitter
 
 __all__ = [
@@ -44,8 +44,6 @@ ATTEMPTS: Final = 40
 
 SHORTEST_LIFE: Final = 60.0
 """Seconds that an indexed record lives at least where batches are not atomic."""
-
-_LONG_KEY: Final = 120  # characters from which a key's bytes are counted (UTF-8 has at most 4 per character)
 
 
 def live(entry: Entry | None) -> Entry | None:
@@ -130,16 +128,6 @@ class Writer(ABC, Generic[R]):
     def held_keys(self, slot: Slot, record: Any, pk: str) -> list[str]:
         """Return the keys of the entries that a stored record has."""
         return [] if record is None else slot.stored_keys(record, pk)
-
-    def wanted_keys(self, slot: Slot, record: Any, pk: str) -> list[str]:
-        """Return the keys of the entries that a new record needs. Raises Unencodable, KeyTooLong."""
-        if record is None:
-            return []
-        found = slot.keys(record, pk)
-        for key in found:
-            if len(key) > _LONG_KEY:
-                check_key(key)
-        return found
 
 
 def too_short() -> Unsupported:

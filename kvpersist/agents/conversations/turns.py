@@ -7,7 +7,7 @@ what the items of the round need. `kvpersist.agents.conversations.ordered` serve
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any, Final, TypeVar, cast
@@ -120,7 +120,8 @@ class Turns:
 
     async def _build(self, session_id: str, parent: Parent, items: list[Item]) -> Built[Parent, Any]:
         round_ = Round(self._all, session_id, parent, self._taken_over)
-        await round_.prepare(items)
+        if parent.stat.open or parent.stat.settled:
+            await round_.prepare(items)
         for position, item in enumerate(items):
             await round_.add(position, item)
         return await round_.built()
@@ -172,12 +173,9 @@ class Round:
 
     async def prepare(self, items: Sequence[Item]) -> None:
         """Read the calls that the round's messages answer, where they are not remembered: one get."""
-        await self._read_waiting(message for item in items if type(item) is Turn for message in item.messages)
+        await self._read_waiting([message for item in items if type(item) is Turn for message in item.messages])
 
-    async def _read_waiting(self, messages: Iterable[Message]) -> None:
-        waiting = [*self._draft.open, *self._draft.settled]
-        if not waiting:
-            return
+    async def _read_waiting(self, messages: Sequence[Message]) -> None:
         asked: dict[str, int] = {}
         for message in messages:
             if message.tool_call_id is not None and message.role == "tool":
@@ -185,7 +183,8 @@ class Round:
         if not asked:
             return
         held: dict[str, Entry | None] = {}
-        for call_id, number, position in sorted(waiting, key=lambda each: each[1:], reverse=True):
+        waiting = sorted((*self._draft.open, *self._draft.settled), key=lambda each: each[1:], reverse=True)
+        for call_id, number, position in waiting:
             if asked.get(call_id, 0) > 0:
                 asked[call_id] -= 1
                 pk = self._call_pk(number, position)
@@ -258,10 +257,11 @@ class Round:
         ops.append(Put(key, every.packed(key, stat), parent.version or ABSENT))
 
         def after(version: bytes) -> Parent:
+            remembered = parent.recent
             if recent:
                 remembered = {pk: Entry(key, data, version) for pk, (key, data) in recent.items()}
-            else:
-                remembered = {pk: entry for pk, entry in parent.recent.items() if pk not in self._calls}
+            elif remembered:
+                remembered = {pk: entry for pk, entry in remembered.items() if pk not in self._calls}
             return Parent(parent.birth, stat, version, remembered)
 
         return Built(ops, after, self._results, claims=self._claims)
@@ -326,7 +326,7 @@ class Round:
         value = pk.encode()
         ops = self._ops
         for slot in known.maintained:
-            for key in writer.wanted_keys(slot, record, pk):
+            for key in slot.wanted_keys(record, pk):
                 if slot.bound.unique:
                     if key in ops.claims:  # wanted by another record of this batch
                         raise writer.taken(slot, key, cast("Put", ops.by_key[key]).value.decode())

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from places import Place, Where
+from places import LONGEST, Place, Where
 
 import kvpersist
 from kvpersist.agents.persistence import Persistence
@@ -19,7 +19,7 @@ TIMES = {"created_at", "updated_at", "completed_at"}  # of the import, so never 
 
 pytestmark = [
     pytest.mark.skipif(not SOURCE.exists(), reason="the conversations do not lie in ../shared/data"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(LONGEST),
 ]
 
 

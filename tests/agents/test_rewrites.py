@@ -253,6 +253,18 @@ async def test_an_answer_in_the_new_tail_joins_a_call_that_stays(db: Persistence
     await sound(db)
 
 
+async def test_a_new_message_that_says_what_a_given_one_says_is_another(
+    db: Persistence, session: str, sound: Sound
+) -> None:
+    [first, second] = await db.messages.append_many(session, [Message("user", "tea"), Message("user", "milk")])
+
+    stands = await db.messages.replace_all(session, [Message("user", "tea"), first, second])
+
+    assert [message.content for message in stands] == ["tea", "tea", "milk"]
+    assert [message.id for message in stands][1:] == [first.id, second.id]
+    await sound(db)
+
+
 async def test_replacing_by_nothing_clears(db: Persistence, session: str, sound: Sound) -> None:
     await db.messages.append_many(session, turn(1))
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import msgspec
 import pytest
 from conversations import SOURCE, everything
-from places import Place, Where
+from places import LONGEST, Place, Where
 
 import kvpersist
 from kvpersist.ops.chat_import import import_chats
 
 pytestmark = [
     pytest.mark.skipif(not SOURCE.exists(), reason="the conversations do not lie in ../shared/data"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(LONGEST),
 ]
 
 

@@ -5,6 +5,10 @@ counts from then on: a crash leaves a beginning of the turn, never a hole. The c
 for, or answers, follow it, then the stat. What a crash kept from following is made up for by
 whoever loads the session's stat next. The birth key is looked at again after a turn; where it is
 gone, the turn is taken back.
+
+Who appends writes on the stat it knows; everybody else notes in the stat that he is at it, and others
+wait. What is appended meanwhile is seen to by who appends: the stat has changed under him, and where the
+session was rewritten he brings calls and counts into line.
 """
 
 from __future__ import annotations
@@ -366,8 +370,10 @@ class OrderedTurns:
             if write:
                 try:
                     await writer.save(pk, call, old=None)
-                except Conflict:
-                    call = await self._stored_call(pk) or call
+                except (
+                    Conflict
+                ):  # another follows the same message; the answer may be joined already, and is counted below
+                    call = asked_of(await self._stored_call(pk) or call)
             draft.count(None, call)
         if message.tool_call_id is None or message.role != "tool":
             return
@@ -493,8 +499,10 @@ class OrderedTurns:
         return gone
 
     async def _mend(self, part: str, hold: _Hold, draft: Draft) -> None:
-        """Bring calls into line with messages, and count all of them: after a rewriting that was not finished,
-        or while which others wrote."""
+        """Bring calls into line with messages, and count all of them.
+
+        It is done where a rewriting was not finished, and where one came between what this process wrote.
+        """
         await self._keep(part, hold, anew=True)
         every = self._all
         writer = ordered_writer(every.tool_calls)

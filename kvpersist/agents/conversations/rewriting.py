@@ -7,6 +7,7 @@ order; everything behind it is appended, and what is left over of the old one go
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -78,12 +79,13 @@ async def planned(every: Collections, part: str, item: Replace, last: int = _ANY
         wanted = [*wanted, *map(msgspec.structs.replace, late)]  # copies: those that move get new numbers
     where = {message.id: place for place, (_, message) in enumerate(stored)}
     _refuse_repeats(wanted)
+    named = {message.id for message in wanted}
     stands: list[Message] = []
     edit: list[tuple[Entry, Message]] = []
     kept: set[int] = set()
     place = 0
     for given in wanted:
-        found, changed = _match(codec, item, given, stored, where, place)
+        found, changed = _match(codec, item, given, stored, where, named, place)
         if found is None:
             break
         kept.add(found)
@@ -109,14 +111,18 @@ def _match(
     given: Message,
     stored: Sequence[StoredMessage],
     where: dict[str, int],
+    named: AbstractSet[str],
     start: int,
 ) -> tuple[int | None, Message | None]:
-    """Find the stored message, from ``start`` on, that ``given`` is, and what it becomes if it changes."""
+    """Find the stored message, from ``start`` on, that ``given`` is, and what it becomes if it changes.
+
+    ``where``: the places of the stored messages by id; ``named``: the ids that are given, which are nobody else's.
+    """
     undated = given.id in item.undated
     if given.id in item.anonymous and given.id not in where:
         for place in range(start, len(stored)):
             entry, message = stored[place]
-            if same(codec, entry, message, _placed(given, message, undated)):
+            if message.id not in named and same(codec, entry, message, _placed(given, message, undated)):
                 return place, None
         return None, None
     place = where.get(given.id, -1)

@@ -19,14 +19,13 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from zlib import crc32
 
 __all__ = ["Missing", "azurite", "go_program", "mariadb", "moto", "postgres", "redis", "stop_builds"]
 
 _GO_PROGRAMS = {
     "minio": "github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c",
     "fake-gcs-server": "github.com/fsouza/fake-gcs-server@v1.56.1",
-    "mongo": str(Path(__file__).parent / "mongo"),  # a module of ours: FerretDB 1.24 over SQLite files, patched
+    "mongo": str(Path(__file__).parent / "mongo"),  # a module of ours: FerretDB 1.24 over SQLite files
 }
 _AZURITE = "azurite@3.35.0"
 _WHEELS = {  # each in an environment of its own, so that their needs never meet
@@ -233,11 +232,7 @@ def _build_go(name: str, path: Path, go: str) -> None:
             settings = {"CGO_ENABLED": "0", "GOBIN": folder}
             source = _GO_PROGRAMS[name]
             if Path(source).is_dir():
-                copy = Path(shutil.copytree(source, f"{folder}/source"))
-                _run([go, "mod", "vendor"], copy, settings)
-                for patch in sorted(copy.glob("*.patch")):  # of what was fetched
-                    _run(["git", "apply", patch.name], copy, settings | {"GIT_CEILING_DIRECTORIES": folder})
-                _run([go, "build", "-mod=vendor", "-o", f"{folder}/{name}", "."], copy, settings)
+                _run([go, "build", "-o", f"{folder}/{name}", "."], Path(source), settings)
             else:
                 _run([go, "install", source], Path(folder), settings)
             part = path.with_suffix(f".{os.getpid()}")
@@ -248,11 +243,8 @@ def _build_go(name: str, path: Path, go: str) -> None:
 def _version_named(name: str) -> str:
     """The name of a built program, which changes with what it is built from."""
     source = Path(_GO_PROGRAMS[name])
-    if not source.is_dir():
-        return f"{name}-{_GO_PROGRAMS[name].rpartition('@')[2]}"
-    [version] = re.findall(r"FerretDB (v\S+)", (source / "go.mod").read_text("utf-8"))
-    patches = b"".join(path.read_bytes() for path in sorted(source.glob("*.patch")))
-    return f"{name}-{version}-{crc32(patches):08x}"
+    version = re.findall(r"FerretDB (v\S+)", (source / "go.mod").read_text("utf-8")) if source.is_dir() else None
+    return f"{name}-{version[0] if version else _GO_PROGRAMS[name].rpartition('@')[2]}"
 
 
 def _go(*, wheel: bool) -> str:

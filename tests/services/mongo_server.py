@@ -1,9 +1,4 @@
-"""FerretDB 1.24 over SQLite files, which speaks the wire protocol of MongoDB; not MongoDB itself.
-
-As it is it reads the whole collection for whatever it is asked, even for one ``_id``: its index is on another
-expression than its queries have. ``mongo/pushdown.patch`` adds indexes that serve, and lets SQLite find ranges and
-lists of ``_id`` by them; what is found is filtered as before.
-"""
+"""FerretDB 1.24 over SQLite files, which speaks the wire protocol of MongoDB; not MongoDB itself."""
 
 from __future__ import annotations
 

@@ -533,7 +533,7 @@ async def test_a_user_who_loses_a_command_changes_nothing_or_is_told_that_nobody
                 outcome = conflict = error
 
             assert type(outcome) is told, lost
-            if told is CommitUnknown:
+            if isinstance(outcome, CommitUnknown):
                 assert outcome.keys == ("c:a", "c:n", "c:t", "c:b")
                 assert isinstance(conflict, Conflict)
             else:

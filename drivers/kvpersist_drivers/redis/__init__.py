@@ -6,9 +6,10 @@ value. Beside the entries of a namespace stand its index, a sorted set of all it
 namespaces are a set, ``<base>:#``. The namespace is the text before a key's first ``:``; keys without
 one share the empty namespace. Changes are published on ``<base>:!{.<namespace>}``.
 
-``commit`` is one script call however many batches it has, ``get`` one MGET, ``scan`` one script call
-per namespace and thousand entries; on a cluster one script call and one MGET for each namespace, sent
-together to each server. Batches across namespaces are refused. The server's clock judges expiry.
+``commit`` is one script call for each namespace however many batches it has, all in one round trip,
+``get`` one MGET, ``scan`` one script call per namespace and thousand entries; on a cluster one MGET for
+each namespace too, sent together to each server. Batches across namespaces are refused. The server's
+clock judges expiry.
 
 A cancelled commit may still be executed by the server. What the server acknowledged is as durable as
 its configuration makes it.

@@ -280,7 +280,7 @@ class OrderedTurns:
         version = await self._store._commit([Put(key, self._all.packed(key, stat), parent.version or ABSENT)])
         hold.parent, hold.renew_at = Parent(parent.birth, stat, version, {}), now + _HOLD / 2
         hold.anew = hold.anew or anew
-        self._begun[part].held = version
+        self._begun.setdefault(part, _Begun(rewritten)).held = version
 
     # ---- items
 

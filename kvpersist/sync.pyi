@@ -200,7 +200,7 @@ class EventGroup:
     def discard(self, position: str) -> bool:
         """Remove a parked event; False where it is not parked."""
     def stats(self) -> GroupStats:
-        """How many events wait, are handed out, and expired before they were: one read."""
+        """How many events wait, are handed out, and expired before they were: a few reads."""
 
 class EventQueue:
     """Topics of ordered events, kept in a store: published once, read by whoever wants, from wherever."""
@@ -225,7 +225,7 @@ class EventQueue:
     def recover(self, consumer: str, topic: str, limit: int = ..., *, channels: str | Collection[str] | None = ..., on_expired: OnExpired = ...) -> builtins.list[EventEntry]:
         """Return the first ``limit`` events that ``consumer`` has not acknowledged, oldest first."""
     def lag(self, consumer: str, topic: str) -> Lag:
-        """How many events wait for ``consumer``, and how many expired before it acknowledged them: two reads."""
+        """How many events wait for ``consumer``, and how many expired before it acknowledged them: a few reads."""
     def consumers(self, topic: str) -> dict[str, str]:
         """The consumers of a topic, and the position up to which each acknowledged."""
     def forget(self, consumer: str, topic: str) -> bool:
@@ -237,7 +237,7 @@ class EventQueue:
     def delete(self, topic: str) -> bool:
         """Remove a topic: its events, consumers, groups and what they parked; False where there was none."""
     def stats(self, topic: str) -> TopicStats:
-        """What a topic holds: two reads, whatever its length."""
+        """What a topic holds: a few reads, whatever its length."""
     def sweep(self) -> int:
         """Apply retention now; return how many events went."""
     def close(self) -> None:
@@ -465,8 +465,8 @@ class Persistence:
         """What all stores together did since they were opened; `Store.metrics` tells of one."""
     def totals(self, *, on_corrupt: OnCorrupt | None = ...) -> Totals:
         """Count what is stored, and ask the drivers for the room it takes; no payload is read."""
-    def check(self, *, agent_id: str | UUID | None = ..., session_id: str | UUID | None = ..., limit: int = ...) -> Consistency:
-        """Look for what does not fit together, in all stores; nothing is changed."""
+    def check(self, *, agent_id: str | UUID | None = ..., session_id: str | UUID | None = ..., limit: int = ..., repair: bool = ...) -> Consistency:
+        """Look for what does not fit together, in all stores; without ``repair`` nothing is changed."""
     def close(self) -> None:
         """End runs that stream and what reads events, and close the stores that `open` opened; once is enough."""
     def __enter__(self) -> Self: ...

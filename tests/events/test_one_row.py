@@ -21,6 +21,7 @@ from kvpersist_drivers.memory import MemoryDriver
 Stores = Callable[[], Awaitable[Store]]
 
 _RUNS = 60
+_UNTIL = 10 * _RUNS  # a planted mistake has shown by then, mostly within the first
 
 
 class Unhurried(MemoryDriver):
@@ -234,7 +235,7 @@ async def test_planted_a_publish_that_does_not_look_at_the_stat_is_caught(
 
     monkeypatch.setattr(TopicLog, "_built", unchecked)
     with pytest.raises((AssertionError, KvError, TimeoutError)):
-        for seed in range(_RUNS):
+        for seed in range(_UNTIL):
             await check(seed)
 
 
@@ -243,5 +244,5 @@ async def test_planted_a_deletion_that_does_not_look_at_the_next_number_is_caugh
 ) -> None:
     monkeypatch.setattr("kvpersist.events.removal.Check", lambda key, expect: Check(f"{key}-elsewhere", expect))
     with pytest.raises((AssertionError, KvError, TimeoutError)):
-        for seed in range(_RUNS):
+        for seed in range(_UNTIL):
             await nothing_is_left_alone(seed)

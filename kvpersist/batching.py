@@ -193,10 +193,10 @@ class Batched:
             raise DeadlineExceeded(operation, seconds) from error
 
 
-def _apart(flying: list[Sequence[Batch]]) -> Callable[[Sequence[Batch]], bool]:
-    """Return what tells whether batches use none of the keys that ``flying`` writes."""
+def _apart(flying: list[Sequence[Batch]]) -> Callable[[list[Sequence[Batch]]], bool]:
+    """Return what tells whether commits use none of the keys that ``flying`` writes."""
     written = {op.key for batches in flying for batch in batches for op in batch.ops if type(op) is not Check}
-    return lambda batches: written.isdisjoint([op.key for batch in batches for op in batch.ops])
+    return lambda calls: written.isdisjoint([op.key for batches in calls for batch in batches for op in batch.ops])
 
 
 @types.coroutine

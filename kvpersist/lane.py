@@ -49,7 +49,7 @@ class Lane(Generic[_Work, _Answer]):
 
     Nothing is delayed: a call that finds nothing in flight is taken at once, with all that came
     with it. A second flight takes half of what there is, so that this process works while the
-    backend does. ``apart`` is given what is in flight and returns what tells whether a work may
+    backend does. ``apart`` is given what is in flight and returns what tells whether works may
     overtake it; one that may not waits, and so do those behind it.
     """
 
@@ -61,7 +61,7 @@ class Lane(Generic[_Work, _Answer]):
         timeout: float | None,
         settles: bool,
         flights: int = 1,
-        apart: Callable[[list[_Work]], Callable[[_Work], bool]] | None = None,
+        apart: Callable[[list[_Work]], Callable[[list[_Work]], bool]] | None = None,
     ) -> None:
         self._operation = operation
         self._run = run
@@ -184,14 +184,15 @@ class Lane(Generic[_Work, _Answer]):
         """Take whole calls, at least one if any may fly, up to the limits of a drain; cancelled ones are dropped."""
         waiting = self._waiting
         flying = [call.work for other in self._flights if other is not flight for call in other.calls]
-        if not flying and self._operations <= _MAX_OPERATIONS and self._size <= _MAX_BYTES:
-            calls = [call for call in waiting if not call.answer.done()]
-            waiting.clear()
-            self._operations = self._size = 0
-            return calls
-        most = (len(waiting) + len(flying) + 1) // 2 if flying else len(waiting)
         apart = self._apart(flying) if flying and self._apart is not None else None
+        most = (len(waiting) + len(flying) + 1) // 2 if flying else len(waiting)
         calls: list[_Call[_Work, _Answer]] = []
+        if most >= len(waiting) and self._operations <= _MAX_OPERATIONS and self._size <= _MAX_BYTES:
+            every = [call for call in waiting if not call.answer.done()]
+            if apart is None or apart([call.work for call in every]):
+                waiting.clear()
+                self._operations = self._size = 0
+                return every
         operations = size = 0
         while waiting and len(calls) < most:
             call = waiting[0]
@@ -200,7 +201,7 @@ class Lane(Generic[_Work, _Answer]):
                 size += call.size
                 if calls and (operations > _MAX_OPERATIONS or size > _MAX_BYTES):
                     break
-                if apart is not None and not apart(call.work):
+                if apart is not None and not apart([call.work]):
                     break
                 calls.append(call)
             self._pop()

@@ -134,8 +134,8 @@ class Repository(Generic[R]):
         Raises:
             CorruptRecord: stored bytes are not a record of this repository's type.
         """
-        entry = await self._entry(self._pk(id), tx)
-        return None if entry is None else self._codec.decode(entry.key, entry.value)
+        [entry] = await (self.store if tx is None else tx)._entries((self._prefix + self._pk(id),))
+        return self._record(entry)
 
     async def get_versioned(self, id: Any) -> Versioned[R] | None:
         """Return the record with its version, for a later ``put(expect=version)``."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -36,6 +38,9 @@ def proxied(
         if proxy.url.startswith("mongodb:"):
             where[name] += "?directConnection=true"  # not to the address that the server gives itself
         yield proxy, where
+    if request.param.name == "mongo":  # pymongo leaves the socket of a cancelled attempt to the collector
+        with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+            gc.collect()
 
 
 def _parted(text: str) -> tuple[str, str, str]:

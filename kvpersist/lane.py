@@ -71,6 +71,7 @@ class Lane(Generic[_Work, _Answer]):
         self._waiting: deque[_Call[_Work, _Answer]] = deque()
         self._operations = self._size = 0  # of what is waiting
         self._flights = [_Flight[_Work, _Answer]() for _ in range(flights)]
+        self._alternates = flights > 1
         self._resting = list(self._flights)  # parked, or without a task
         self._waking = False  # one of them was called, and has not looked yet
         self._closed = False
@@ -157,22 +158,22 @@ class Lane(Generic[_Work, _Answer]):
             except Exception as error:  # noqa: BLE001  # whatever a driver raises belongs to these callers, not to the lane
                 _fail(calls, error)
             else:
+                pairs = list(zip(calls, answers, strict=True))
                 if flight.task is me:
                     flight.calls = []
-                await self._answer(list(zip(calls, answers, strict=True)))
+                if self._alternates and len(pairs) >= _HALVED and not any(each.calls for each in self._flights):
+                    await self._answer_in_halves(pairs)
+                else:
+                    _settle(pairs)
             if flight.task is not me:  # abandoned: another task has its place
                 return
             flight.calls = []
 
-    async def _answer(self, pairs: list[tuple[_Call[_Work, _Answer], _Answer | KvError]]) -> None:
-        """Give the callers their answers.
+    async def _answer_in_halves(self, pairs: list[tuple[_Call[_Work, _Answer], _Answer | KvError]]) -> None:
+        """Answer those of a flight that was alone, who would all come back at once and fly alone again.
 
-        Those of a flight that was alone all come back at once, and would fly alone again: half of them
-        get a head start, and are with the backend when the others are answered.
+        Half of them get a head start, and are with the backend when the others are answered.
         """
-        if len(pairs) < _HALVED or len(self._flights) == 1 or any(flight.calls for flight in self._flights):
-            _settle(pairs)
-            return
         half = len(pairs) // 2
         _settle(pairs[:half])
         try:
@@ -183,9 +184,12 @@ class Lane(Generic[_Work, _Answer]):
     def _take(self, flight: _Flight[_Work, _Answer]) -> list[_Call[_Work, _Answer]]:
         """Take whole calls, at least one if any may fly, up to the limits of a drain; cancelled ones are dropped."""
         waiting = self._waiting
-        flying = [call.work for other in self._flights if other is not flight for call in other.calls]
-        apart = self._apart(flying) if flying and self._apart is not None else None
-        most = (len(waiting) + len(flying) + 1) // 2 if flying else len(waiting)
+        apart, most = None, len(waiting)
+        if self._alternates:
+            flying = [call.work for other in self._flights if other is not flight for call in other.calls]
+            if flying:
+                most = (len(waiting) + len(flying) + 1) // 2
+                apart = None if self._apart is None else self._apart(flying)
         calls: list[_Call[_Work, _Answer]] = []
         if most >= len(waiting) and self._operations <= _MAX_OPERATIONS and self._size <= _MAX_BYTES:
             every = [call for call in waiting if not call.answer.done()]

@@ -576,3 +576,21 @@ async def test_two_flights_survive_the_cancellation_of_all_tasks() -> None:
     for key in ("a", "b", "c"):
         assert isinstance((await _let_through(driver, lanes, key))[0], Committed)
     await lanes.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_a_driver_that_answers_too_few_leaves_nobody_waiting() -> None:
+    class Short(Scripted):
+        async def commit(self, batches: Sequence[Batch]) -> list[Committed | KvError]:
+            return (await super().commit(batches))[1:]
+
+    failures: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+    driver = Short()
+    lanes = Batched(driver)
+    calls = [asyncio.ensure_future(lanes.commit([put(str(n))])) for n in range(3)]
+
+    errors = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 5)
+
+    assert all(isinstance(error, CommitUnknown) for error in errors)
+    await lanes.close()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
 from redis_server import RedisCluster, RedisServer, missing
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the modules of this folder
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from checked_puts import follow_what_they_checked
 from postgres_server import PostgresServer, missing
 from proxy import Proxy
 
@@ -518,45 +519,7 @@ async def test_a_put_that_waits_for_another_writer_is_judged_by_what_that_one_le
 
 
 async def test_a_put_never_lands_behind_a_change_of_what_it_checked(url: str, driver: PostgresDriver) -> None:
-    """Each change also writes what the puts write, so whoever reads both at once sees them agree."""
-    await driver.commit([batch(Put("c:held", b"v"), Put("c:x", b"version0"), version=b"version0")])
-    wrong: list[object] = []
-    known = b"version0"
-    done = asyncio.Event()
-
-    async def put(number: int) -> None:
-        async with _opened(url, table=driver._options.table) as other:
-            while not done.is_set():
-                version = known
-                ops = [
-                    batch(Check("c:held", version), Put("c:x", version), Put(f"c:{number}.{n}", b"v")) for n in range(4)
-                ]
-                outcomes = await other.commit(ops)
-                wrong.extend(o for o in outcomes if not isinstance(o, Committed | Conflict))
-
-    async def look() -> None:
-        while not done.is_set():
-            held, x = await driver.get(["c:held", "c:x"])
-            assert held is not None and x is not None
-            if held.version != x.value:
-                wrong.append((held.version, x.value))
-
-    async def change() -> None:
-        nonlocal known
-        try:
-            async with _opened(url, table=driver._options.table) as other:
-                for turn in range(1, 41):
-                    version = b"v%07d" % turn
-                    change = batch(Put("c:held", b"v", known), Put("c:x", version), version=version)
-                    wrong.extend(o for o in await other.commit([change]) if not isinstance(o, Committed))
-                    known = version
-        finally:
-            done.set()
-
-    async with asyncio.timeout(60):
-        await asyncio.gather(change(), look(), *(put(number) for number in range(4)))
-
-    assert wrong == []
+    await follow_what_they_checked(driver, lambda: _opened(url, table=driver._options.table))
 
 
 async def test_a_change_that_was_taken_back_is_no_conflict(url: str, driver: PostgresDriver) -> None:

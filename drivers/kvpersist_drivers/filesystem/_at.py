@@ -30,8 +30,7 @@ _HAS_FDS: Final = {os.open, os.mkdir, os.rename, os.unlink, os.rmdir} <= os.supp
 _FILE: Final = (
     getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOCTTY", 0)
 )
-_READ: Final = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _FILE
-_WRITE: Final = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NONBLOCK", 0) | _FILE
+_OPENED: Final = getattr(os, "O_NONBLOCK", 0) | _FILE
 _MORE: Final = 1 << 20  # bytes, of a file that is longer than was thought
 _FIRST: Final = 8 << 10  # bytes: most files are read at once, and no large buffer is made for them
 _FOLDER: Final = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | _FILE
@@ -55,7 +54,7 @@ class Held:
 
 def open_file(folder: Folder, name: str, flags: int) -> int:
     """Open a file; a link, or a pipe that nobody writes to, is not waited for."""
-    flags |= _FILE | getattr(os, "O_NONBLOCK", 0)
+    flags |= _OPENED
     if isinstance(folder, int):
         return os.open(name, flags, 0o600, dir_fd=folder)
     return os.open(os.path.join(folder, name), flags, 0o600)
@@ -63,10 +62,7 @@ def open_file(folder: Folder, name: str, flags: int) -> int:
 
 def read_file(folder: Folder, name: str, most: int | None) -> bytes:
     """The content of a file, or its first ``most`` bytes; as `open_file`."""
-    if isinstance(folder, int):
-        descriptor = os.open(name, _READ, dir_fd=folder)
-    else:
-        descriptor = os.open(os.path.join(folder, name), _READ)
+    descriptor = open_file(folder, name, os.O_RDONLY)
     try:
         wanted = _FIRST if most is None or most > _FIRST else most
         data = os.read(descriptor, wanted)
@@ -85,10 +81,7 @@ def read_file(folder: Folder, name: str, most: int | None) -> bytes:
 
 def write_file(folder: Folder, name: str, *parts: bytes, sync: bool) -> None:
     """Write a file anew, and wait until it is on the disk if that is wanted."""
-    if isinstance(folder, int):
-        descriptor = os.open(name, _WRITE, 0o600, dir_fd=folder)
-    else:
-        descriptor = os.open(os.path.join(folder, name), _WRITE, 0o600)
+    descriptor = open_file(folder, name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
         write_all(descriptor, *parts)
         if sync:

@@ -120,9 +120,12 @@ class Batched:
             return [await self._get(calls[0])]
         unique = list(dict.fromkeys([key for keys in calls for key in keys]))
         try:
-            found = dict(zip(unique, await self._get(unique), strict=True))
+            entries = await self._get(unique)
         except KvError as error:
             return await self._get_around(calls, error)
+        if len(calls) == len(unique) and max(map(len, calls)) == 1:
+            return [[entry] for entry in entries]
+        found = dict(zip(unique, entries, strict=True))
         return [[found[key] for key in keys] for keys in calls]
 
     async def _get_around(self, calls: list[Sequence[str]], error: KvError) -> list[list[Entry | None] | KvError]:

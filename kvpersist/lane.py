@@ -161,25 +161,29 @@ class Lane(Generic[_Work, _Answer]):
                 pairs = list(zip(calls, answers, strict=True))
                 if flight.task is me:
                     flight.calls = []
-                if self._alternates and len(pairs) >= _HALVED and not any(each.calls for each in self._flights):
-                    await self._answer_in_halves(pairs)
-                else:
-                    _settle(pairs)
+                await self._answer(pairs)
             if flight.task is not me:  # abandoned: another task has its place
                 return
             flight.calls = []
 
-    async def _answer_in_halves(self, pairs: list[tuple[_Call[_Work, _Answer], _Answer | KvError]]) -> None:
-        """Answer those of a flight that was alone, who would all come back at once and fly alone again.
-
-        Half of them get a head start, and are with the backend when the others are answered.
-        """
-        half = len(pairs) // 2
-        _settle(pairs[:half])
-        try:
-            await asyncio.sleep(0)
-        finally:
-            _settle(pairs[half:])
+    async def _answer(self, pairs: list[tuple[_Call[_Work, _Answer], _Answer | KvError]]) -> None:
+        """Answer the calls of a flight, so that those who call again at once fill two equal flights by turns."""
+        if not self._alternates:
+            _settle(pairs)
+            return
+        flying = sum([len(each.calls) for each in self._flights])
+        if not flying and len(pairs) >= _HALVED:  # half of them get a head start, or all would come back at once
+            half = len(pairs) // 2
+            _settle(pairs[:half])
+            pairs = pairs[half:]
+            try:
+                await asyncio.sleep(0)
+            finally:
+                _settle(pairs)
+            return
+        _settle(pairs)
+        if flying and 0 < len(self._waiting) < len(pairs) + flying:
+            await asyncio.sleep(0)  # too few are waiting for a flight of their own, they fly with those who call again
 
     def _take(self, flight: _Flight[_Work, _Answer]) -> list[_Call[_Work, _Answer]]:
         """Take whole calls, at least one if any may fly, up to the limits of a drain; cancelled ones are dropped."""

@@ -473,6 +473,28 @@ async def test_a_flight_that_was_alone_is_answered_in_halves_so_that_two_alterna
     await lanes.close()
 
 
+async def test_three_groups_of_callers_become_two_that_alternate() -> None:
+    driver = Held()
+    lanes = Batched(driver)
+
+    async def again(n: int) -> None:
+        for turn in range(3):
+            await lanes.commit([put(f"{n}.{turn}")])
+
+    tasks = []
+    for group in range(3):  # two fly, and the third waits
+        tasks += [asyncio.ensure_future(again(n)) for n in range(21 * group, 21 * group + 21)]
+        await settle()
+    while not all(task.done() for task in tasks):
+        for hold in driver.holds[:1]:
+            hold.set()
+        driver.holds[:1] = []
+        await settle()
+
+    assert [len(commit) for commit in driver.commits[:6]] == [21, 21, 32, 31, 32, 31]
+    await lanes.close()
+
+
 async def test_a_commit_waits_for_one_in_flight_that_writes_its_key_and_so_do_those_behind_it() -> None:
     driver = Held()
     lanes = Batched(driver)

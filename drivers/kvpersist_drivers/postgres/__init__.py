@@ -46,7 +46,15 @@ with needs_extra("postgres", module="asyncpg"):
     from kvpersist_drivers.postgres._connections import Connection, Connections, Row, Source
     from kvpersist_drivers.postgres._errors import AGAIN, code_of, is_of_one_batch, of_server
     from kvpersist_drivers.postgres._plan import MAX_BATCH_BYTES, MAX_VALUE_BYTES, Plan
-    from kvpersist_drivers.postgres._statements import COLUMNS, MAX_KEY_BYTES, SEPARATOR, Statements, escaped, unescaped
+    from kvpersist_drivers.postgres._statements import (
+        COLUMNS,
+        MAX_KEY_BYTES,
+        SEPARATOR,
+        Statements,
+        all_escaped,
+        escaped,
+        unescaped,
+    )
     from kvpersist_drivers.postgres._watch import Listener
 
 __all__ = ["PostgresDriver", "PostgresOptions"]
@@ -193,12 +201,10 @@ class PostgresDriver:
             raise _closed()
         if not keys:
             return []
-        stored = [escaped(key) for key in keys]
-        found = {row[0]: row for row in await self._read(self._sql.get, SEPARATOR.join(stored), self.clock())}
-        return [
-            None if (row := found.get(name)) is None else Entry(key, row[1], row[2], row[3])
-            for key, name in zip(keys, stored, strict=True)
-        ]
+        stored = all_escaped(keys)
+        rows = await self._read(self._sql.get, SEPARATOR.join(stored), self.clock())
+        found = {name: Entry(unescaped(name), *rest) for name, *rest in rows}
+        return [found.get(name) for name in stored]
 
     async def commit(self, batches: Sequence[Batch]) -> list[_Answer]:
         if self._closed:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 from zlib import crc32
 
 from kvpersist.errors import BadKey, BadOption, KeyTooLong
 
-__all__ = ["COLUMNS", "MAX_KEY_BYTES", "SEPARATOR", "Statements", "escaped", "unescaped"]
+__all__ = ["COLUMNS", "MAX_KEY_BYTES", "SEPARATOR", "Statements", "all_escaped", "escaped", "unescaped"]
 
 MAX_KEY_BYTES: Final = 2692  # as stored: an entry of a B-tree has 2,704 bytes, 12 of them its heads
 COLUMNS: Final = "expires_at double precision, key text C, value bytea, version bytea"
@@ -80,6 +81,14 @@ def escaped(key: str, limit: int | None = None) -> str:
     if limit is not None and size > limit:
         raise KeyTooLong(key, size, limit)
     return stored
+
+
+def all_escaped(keys: Sequence[str]) -> Sequence[str]:
+    """Return ``keys`` as they are stored: the same object where they are stored as they are. Raises as `escaped`."""
+    together = "".join(keys)
+    if together.isascii() and "\0" not in together and "\1" not in together:
+        return keys
+    return [escaped(key) for key in keys]
 
 
 def unescaped(stored: str) -> str:

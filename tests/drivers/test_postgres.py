@@ -489,9 +489,14 @@ _OTHER = "INSERT INTO {t} (key, value, version) VALUES ('c:other', '', $1)"
     ],
     ids=["updated", "deleted", "deleted beside a write", "untouched"],
 )
+@pytest.mark.parametrize("looks", [True, False], ids=["beside a check", "under a version"])
 async def test_a_put_that_waits_for_another_writer_is_judged_by_what_that_one_left(
-    url: str, driver: PostgresDriver, change: str, outcomes: dict[bytes, type], updated: bool
+    url: str, driver: PostgresDriver, looks: bool, change: str, outcomes: dict[bytes, type], updated: bool
 ) -> None:
+    def put_at(version: bytes) -> Batch:
+        key = f"c:{version.decode()}"
+        return batch(Check("c:held", version), Put(key, b"p")) if looks else batch(Put("c:held", b"p", version))
+
     for version in (b"versfirs", _OLD) if updated else (_OLD,):
         await driver.commit([batch(Put("c:held", b"v"), version=version)])
     writer = await asyncpg.connect(url)
@@ -500,12 +505,7 @@ async def test_a_put_that_waits_for_another_writer_is_judged_by_what_that_one_le
             # as `apply` locks what it writes
             await writer.execute("SELECT pg_advisory_xact_lock($1, hashtext('c:held' COLLATE \"C\"))", driver._table)
             await writer.execute(change.replace("{other}", _OTHER).format(t=driver._sql.table), _NEW)
-            puts = [
-                asyncio.create_task(
-                    driver.commit([batch(Check("c:held", version), Put(f"c:{version.decode()}", b"p"))])
-                )
-                for version in outcomes
-            ]
+            puts = [asyncio.create_task(driver.commit([put_at(version)])) for version in outcomes]
             async with asyncio.timeout(10):
                 while await writer.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted") < len(puts):
                     await asyncio.sleep(0.01)
@@ -514,8 +514,66 @@ async def test_a_put_that_waits_for_another_writer_is_judged_by_what_that_one_le
 
     answers = [outcome for put in puts for outcome in await put]
     assert [type(answer) for answer in answers] == list(outcomes.values())
-    stored = await driver.get([f"c:{version.decode()}" for version in outcomes])
-    assert [entry is not None for entry in stored] == [kind is Committed for kind in outcomes.values()]
+    stored = await driver.get([f"c:{version.decode()}" if looks else "c:held" for version in outcomes])
+    written = [entry is not None and entry.value == b"p" for entry in stored]
+    wanted = [kind is Committed for kind in outcomes.values()]
+    assert written == (wanted if looks else [any(wanted)] * len(wanted))
+
+
+async def test_every_increment_of_several_writers_counts_once(url: str, driver: PostgresDriver) -> None:
+    keys = [f"c:{number}" for number in range(8)]
+    await driver.commit([batch(Put("c:held", b"v"), *(Put(key, b"0") for key in keys), version=_OLD)])
+
+    async def add(number: int) -> int:
+        made = 0
+        chance = random.Random(number)
+        async with _opened(url, table=driver._options.table) as other:
+            for _ in range(40):
+                found = [entry for entry in await other.get(chance.sample(keys, 4)) if entry is not None]
+                outcomes = await other.commit(
+                    [batch(Check("c:held", _OLD), Put(e.key, b"%d" % (int(e.value) + 1), e.version)) for e in found]
+                )
+                assert all(isinstance(outcome, Committed | Conflict) for outcome in outcomes)
+                made += sum(isinstance(outcome, Committed) for outcome in outcomes)
+        return made
+
+    async with asyncio.timeout(60):
+        made = await asyncio.gather(*(add(number) for number in range(6)))
+
+    assert sum(int(entry.value) for entry in await driver.get(keys) if entry is not None) == sum(made)
+    assert sum(made) < 6 * 40 * 4  # or nobody met anybody
+
+
+async def test_puts_under_a_version_are_told_apart(driver: PostgresDriver) -> None:
+    await driver.commit([batch(*(Put(f"c:{number}", b"v") for number in range(4)), version=_OLD)])
+    await driver.commit([batch(Put("c:past", b"v", None, time.time() + 0.001), version=_OLD)])
+    while (await driver.get(["c:past"]))[0] is not None:
+        await asyncio.sleep(0.001)
+
+    outcomes = await driver.commit(
+        [
+            batch(Put("c:0", b"new", _OLD), version=_NEW),
+            batch(Put("c:1", b"new", _NEW), version=_NEW),
+            batch(Check("c:3", _OLD), Put("c:2", b"new", _OLD), version=_NEW),
+            batch(Check("c:3", _OLD), Put("c:none", b"new", _OLD), version=_NEW),
+            batch(Check("c:3", _OLD), Put("c:past", b"new", _OLD), version=_NEW),
+        ]
+    )
+    refused = await driver.commit(
+        [batch(Check("c:3", _NEW), Put("c:2", b"newer", _NEW)), batch(Check("c:3", _NEW), Put("c:0", b"newer", _OLD))]
+    )
+
+    assert outcomes[0] == outcomes[2] == Committed(_NEW)
+    told = [outcome.args for outcome in (*outcomes, *refused) if isinstance(outcome, Conflict)]
+    assert told == [
+        ("c:1", _NEW, _OLD, 0),
+        ("c:none", _OLD, ABSENT, 1),
+        ("c:past", _OLD, ABSENT, 1),
+        ("c:3", _NEW, _OLD, 0),
+        ("c:3", _NEW, _OLD, 0),
+    ]
+    stored = [entry and entry.value for entry in await driver.get(["c:0", "c:1", "c:2", "c:3", "c:none", "c:past"])]
+    assert stored == [b"new", b"v", b"new", b"v", None, None]
 
 
 async def test_a_put_never_lands_behind_a_change_of_what_it_checked(url: str, driver: PostgresDriver) -> None:

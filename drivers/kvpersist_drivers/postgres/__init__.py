@@ -5,13 +5,14 @@ NUL, which a text of PostgreSQL cannot hold, is stored as ``\x01\x01`` and ``\x0
 No function, type or extension is made.
 
 ``get`` and ``scan`` are one statement, targets of index entries included. ``commit`` is one statement
-where there are only puts without conditions of their own, and checks of other keys that hold; otherwise
-it is one statement executed several times in one transaction: first for its locks, then once for every
-group of batches that may see the same state. Both are one round trip, and one after the other where such
-a check does not hold. Every writer takes advisory locks of the transaction on the keys it writes, and
-shared ones on those it only checks, in the order of their numbers: so conditions are judged on a
-snapshot that nobody can change before the commit, and writers cannot deadlock each other. A call about
-more than 128 keys locks the table's writers out as a whole while it runs.
+where there are only puts without conditions of their own, or only batches of one put under a known version,
+and checks of other keys that hold; otherwise it is one statement executed several times in one
+transaction: first for its locks, then once for every group of batches that may see the same state. Both are
+one round trip, and one after the other where such a condition does not hold. Every writer takes advisory
+locks of the transaction on the keys it writes, and shared ones on those it only checks, in the order of
+their numbers: so conditions are judged on a snapshot that nobody can change before the commit, and writers
+cannot deadlock each other. A call about more than 128 keys locks the table's writers out as a whole while it
+runs.
 
 The client's clock judges expiry. A cancelled commit is cancelled on the server too if it still can be;
 it may have happened. What was acknowledged is as durable as ``synchronous_commit`` and ``fsync`` say.
@@ -22,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, ClassVar, Final, Self, TypeAlias, cast
 from urllib.parse import urlsplit
 
@@ -350,8 +351,11 @@ class PostgresDriver:
 
     async def _apply(self, plan: Plan, now: float, batches: Sequence[Batch], answers: list[_Answer]) -> None:
         """Commit a plan and put the outcomes of its failed batches into ``answers``."""
+        swap = plan.swap_arguments(self._table, self._channel)
         try:
-            failed = await self._send(plan)
+            rows = await self._again(
+                lambda: self._send(plan) if swap is None else self._connections.call(self._sql.swap, *swap, writes=True)
+            )
         except asyncpg.PostgresError as error:
             if len(plan.places) == 1 or not is_of_one_batch(error):
                 raise of_server(error, self._where, writes=True) from error
@@ -363,29 +367,59 @@ class PostgresDriver:
                 except KvError as refused:
                     answers[place] = refused
             return
-        for number, key, found in failed:
+        if swap is not None:
+            await self._apply_unswapped(plan, rows, now, batches, answers)
+            return
+        for number, key, found in rows:
             for place in plan.places_of(number):
-                ops, before = batches[place].ops, answers[place]
-                position = next(at for at, op in enumerate(ops) if escaped(op.key) == key)
-                if not isinstance(before, Conflict) or position < before.position:
-                    op = ops[position]
-                    answers[place] = Conflict(op.key, op.expect, ABSENT if found is None else found, position)
+                _note(answers, place, batches[place], key, found)
+
+    async def _apply_unswapped(
+        self, plan: Plan, rows: list[Row], now: float, batches: Sequence[Batch], answers: list[_Answer]
+    ) -> None:
+        """Put what ``swap`` answered into ``answers``, and commit what it said nothing of."""
+        told: dict[str, bytes | None] = {row[0]: row[1] for row in rows}
+        left = Plan(now, swaps=False)
+        for place, key in plan.swaps():
+            if key not in told:
+                left.add(place, batches[place])
+            elif (found := told[key]) is not None:
+                _note(answers, place, batches[place], key, found)
+        if left.places:
+            try:
+                await self._apply(left, now, batches, answers)
+            except KvError as error:  # theirs, and not of those that were swapped
+                for place in left.places:
+                    answers[place] = error
 
     async def _send(self, plan: Plan) -> list[Row]:
-        """Send a plan; again where the server rolled it back in favour of another transaction."""
+        """Send what is no `swap`; return the conditions that do not hold."""
+        args = plan.put_arguments(self._table, self._channel)
+        if args is not None and not await self._connections.call(self._sql.put, *args, writes=True):
+            return []
+        waves = plan.apply_arguments(self._table, self._channel)
+        return await self._connections.call_many(self._sql.apply, waves, writes=True)
+
+    async def _again(self, work: Callable[[], Awaitable[list[Row]]]) -> list[Row]:
+        """Do ``work``; again where the server rolled it back in favour of another transaction."""
         attempt = 0
         while True:
             try:
-                args = plan.put_arguments(self._table, self._channel)
-                if args is not None and not await self._connections.call(self._sql.put, *args, writes=True):
-                    return []
-                waves = plan.apply_arguments(self._table, self._channel)
-                return await self._connections.call_many(self._sql.apply, waves, writes=True)
+                return await work()
             except asyncpg.PostgresError as error:
                 attempt += 1
                 if code_of(error) not in AGAIN or attempt == _ATTEMPTS:
                     raise
             await asyncio.sleep(random.uniform(0, _PAUSE * 2**attempt))
+
+
+def _note(answers: list[_Answer], place: int, batch: Batch, key: str, found: bytes | None) -> None:
+    """Note a conflict at ``key``, as stored, unless one of an earlier operation is known."""
+    position = next(at for at, op in enumerate(batch.ops) if escaped(op.key) == key)
+    before = answers[place]
+    if not isinstance(before, Conflict) or position < before.position:
+        op = batch.ops[position]
+        answers[place] = Conflict(op.key, op.expect, ABSENT if found is None else found, position)
 
 
 def _connector(options: PostgresOptions) -> Any:

@@ -32,7 +32,7 @@ class Wave(NamedTuple):
 class Plan:
     """Collects batches. One that cannot be kept is refused by itself and leaves nothing in the plan."""
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, *, swaps: bool = True) -> None:
         self.places: list[int] = []  # of the batches, as the caller counts them
         self.size = 0  # bytes of the values
         self._now = now
@@ -40,6 +40,7 @@ class Plan:
         self._checks: list[_Check] = []
         self._ends: list[tuple[int, int]] = []  # of each batch, in the writes and in the checks
         self._only_puts = True  # and none of them has a condition
+        self._only_swaps = swaps  # each batch is one put of a known version
         self._conditional = False
 
     def add(self, place: int, batch: Batch) -> KvError | None:
@@ -84,14 +85,29 @@ class Plan:
             self._ends.append((len(self._writes), len(self._checks)))
             self._conditional = self._conditional or conditional
             self._only_puts = self._only_puts and only_puts
+            self._only_swaps = self._only_swaps and len(writes) == 1 and bool(writes[0][2]) and writes[0][3] is not None
         return None
 
     def put_arguments(self, table: int, channel: str | None) -> tuple[Any, ...] | None:
         """Arguments of the statement ``put``; None where more is to be done than it can."""
-        if not self._only_puts or not self._writes:
+        return self._guarded(self._last(), table, channel) if self._only_puts else None
+
+    def swap_arguments(self, table: int, channel: str | None) -> tuple[Any, ...] | None:
+        """Arguments of the statement ``swap``; None where more is to be done than it can."""
+        if not self._only_swaps or len({write[0] for write in self._writes}) < len(self._writes):
+            return None
+        guarded = self._guarded(self._writes, table, channel)
+        return None if guarded is None else (*guarded, [write[2] for write in self._writes])
+
+    def swaps(self) -> list[tuple[int, str]]:
+        """The place and the key, as stored, of each put of ``swap``."""
+        return [(place, write[0]) for place, write in zip(self.places, self._writes, strict=True)]
+
+    def _guarded(self, writes: Sequence[_Write], table: int, channel: str | None) -> tuple[Any, ...] | None:
+        if not writes:
             return None
         found = {key: version for key, _, version in self._checks}
-        keys, _, _, values, versions, expiries = _columns(self._last(), 6)
+        keys, _, _, values, versions, expiries = _columns(writes, 6)
         if found and not (
             all(found.values())  # b"": nothing may be there
             and all(found[key] == version for key, _, version in self._checks)

@@ -34,11 +34,12 @@ class Statements:
         self.schema = None if schema is None else f'"{schema}"'
         self.table = f'"{table}"' if schema is None else f'"{schema}"."{table}"'
         index = f"{table}_expires_at" if len(table) <= 52 else f"{table[:43]}_{crc32(table.encode()):08x}_expires_at"
-        self._names = {"{locks}": _TEXTS["locks"], "{table}": self.table, "{index}": f'"{index}"'}
+        parts = {f"{{{name}}}": _TEXTS[name] for name in ("guard", "locks")}  # the first holds the second
+        self._names = parts | {"{table}": self.table, "{index}": f'"{index}"'}
         self._scans: dict[tuple[str, bool, bool, bool], str] = {}
         self.server, self.columns = _TEXTS["server"], _TEXTS["columns"]
         self.provision, self.get, self.put = self._named("provision"), self._named("get"), self._named("put")
-        self.apply, self.compact = self._named("apply"), self._named("compact")
+        self.swap, self.apply, self.compact = self._named("swap"), self._named("apply"), self._named("compact")
 
     def scan(self, form: str, *, start: bool, end: bool, reverse: bool) -> str:
         """The text of a scan of the form "scan", "keys" or "deref" with or without bounds, which come last."""

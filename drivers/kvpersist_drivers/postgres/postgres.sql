@@ -52,12 +52,11 @@ FROM unnest(CASE WHEN $2::text IS NOT NULL THEN array_prepend(NULL, ARRAY(
     GROUP BY coalesce(nullif(hashtext(key COLLATE "C"), 1), 2) ORDER BY 1
 )) END) AS l
 
---- put
--- Puts without conditions, and checks that all of them need. $1..$4: the locks, and so the keys; $5: the versions to
--- be found; $6: now; $7..$9: columns; $10: the channel. Answers the keys that are in the way; then it did nothing.
--- The snapshot is older than the locks, but who changed an entry since has left its mark on the one that is seen:
--- xmax, which is xmin where the entry was itself an update. Some marks say nothing: `apply` looks again.
-WITH held AS MATERIALIZED (
+--- guard
+-- Takes the locks, then looks for what the checks name. $1..$4: the locks, and so the keys; $5: the versions to be
+-- found; $6: now. The snapshot is older than the locks, but who changed an entry since has left its mark on the one
+-- that is seen: xmax, which is xmin where the entry was itself an update. Some marks say nothing: `apply` looks again.
+held AS MATERIALIZED (
     SELECT count(taken) AS n FROM ({locks}) AS l
 ), failed AS MATERIALIZED (
     SELECT wanted.key
@@ -68,7 +67,12 @@ WITH held AS MATERIALIZED (
         WHERE live.key = wanted.key AND (live.expires_at IS NULL OR live.expires_at > $6::float8)
             AND (live.xmax = '0' OR live.xmax = live.xmin)
     )
-), put AS (
+)
+
+--- put
+-- Puts without conditions, and checks that all of them need. $1..$6: as `guard` says; $7..$9: columns; $10: the
+-- channel. Answers the keys that are in the way; then it did nothing.
+WITH {guard}, put AS (
     INSERT INTO {table} (key, value, version, expires_at)
     SELECT op.*
     FROM held, unnest(string_to_array($3::text, E'\x01\x03'), $7::bytea[], $8::bytea[], $9::float8[]) AS op
@@ -80,6 +84,35 @@ SELECT key FROM failed
 UNION ALL
 SELECT NULL WHERE $10::text IS NOT NULL AND NOT EXISTS (SELECT FROM failed)
     AND pg_notify($10::text, CASE WHEN octet_length($3::text) < 7900 THEN $3::text ELSE '' END)::text IS NULL
+
+--- swap
+-- Puts that are each a batch of its own, and checks that all of them need. $1..$10: as for `put`; $11: the versions
+-- the puts expect. Answers the keys that were written, and those at which the version beside them was found instead;
+-- what it does not name was not written, and `apply` finds out why. An UPDATE looks at the newest state of an entry
+-- that its snapshot knows, so a mark does not matter to it.
+WITH {guard}, op AS MATERIALIZED (
+    SELECT op.*
+    FROM held, unnest(string_to_array($3::text, E'\x01\x03'), $7::bytea[], $8::bytea[], $9::float8[], $11::bytea[])
+        AS op (key, value, version, expires_at, expect)
+    WHERE n > 0 AND NOT EXISTS (SELECT FROM failed)
+), swapped AS (
+    UPDATE {table} AS live SET value = op.value, version = op.version, expires_at = op.expires_at
+    FROM op
+    WHERE live.key = op.key AND live.version = op.expect AND (live.expires_at IS NULL OR live.expires_at > $6::float8)
+    RETURNING live.key
+), changed AS (
+    SELECT string_agg(key, E'\x01\x03') AS keys FROM swapped WHERE $10::text IS NOT NULL
+)
+SELECT key, NULL::bytea AS version FROM swapped
+UNION ALL
+SELECT op.key, live.version
+FROM op JOIN {table} AS live
+    ON live.key = op.key AND (live.expires_at IS NULL OR live.expires_at > $6::float8)
+    AND (live.xmax = '0' OR live.xmax = live.xmin)
+WHERE (SELECT count(*) FROM swapped) < cardinality($11::bytea[]) AND live.version <> op.expect
+UNION ALL
+SELECT NULL, NULL FROM changed WHERE keys IS NOT NULL
+    AND pg_notify($10::text, CASE WHEN octet_length(keys) < 7900 THEN keys ELSE '' END)::text IS NULL
 
 --- apply
 -- Executed several times in one transaction and one round trip, each time on a fresh snapshot: first, with $2, for

@@ -520,6 +520,61 @@ async def test_a_put_that_waits_for_another_writer_is_judged_by_what_that_one_le
     assert written == (wanted if looks else [any(wanted)] * len(wanted))
 
 
+@pytest.mark.parametrize("stays", [True, False], ids=["committed", "rolled back"])
+async def test_an_insert_that_waits_for_another_writer_is_judged_by_what_that_one_left(
+    url: str, driver: PostgresDriver, stays: bool
+) -> None:
+    writer = await asyncpg.connect(url)
+    try:
+        transaction = writer.transaction()
+        await transaction.start()
+        await writer.execute("SELECT pg_advisory_xact_lock($1, hashtext('c:other' COLLATE \"C\"))", driver._table)
+        await writer.execute(_OTHER.format(t=driver._sql.table), _OLD)
+        inserts = asyncio.create_task(
+            driver.commit([batch(Put("c:other", b"p", ABSENT)), batch(Put("c:beside", b"p", ABSENT))])
+        )
+        async with asyncio.timeout(10):
+            while not await writer.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+                await asyncio.sleep(0.01)
+        await (transaction.commit() if stays else transaction.rollback())
+    finally:
+        await writer.close()
+
+    other, beside = await inserts
+    assert isinstance(beside, Committed)
+    assert (other.args == ("c:other", ABSENT, _OLD, 0)) if isinstance(other, Conflict) else not stays
+    entries = await driver.get(["c:other", "c:beside"])
+    assert [entry and entry.value for entry in entries] == [b"" if stays else b"p", b"p"]
+
+
+async def test_inserts_are_told_apart(driver: PostgresDriver) -> None:
+    await driver.commit([batch(Put("c:held", b"v"), version=_OLD)])
+    await driver.commit([batch(Put("c:past", b"v", None, time.time() + 0.001), version=_OLD)])
+    while (await driver.get(["c:past"]))[0] is not None:
+        await asyncio.sleep(0.001)
+    held = Check("c:held", _OLD)
+    counted = _Counted(driver)
+    two = batch(held, Put("c:1", b"v", ABSENT), Put("c:2", b"v", ABSENT), version=_NEW)
+    assert await driver.commit([two, batch(Put("c:3", b"v", ABSENT), version=_OLD)]) == [
+        Committed(_NEW),
+        Committed(_OLD),
+    ]
+    assert counted() == 1
+
+    outcomes = await driver.commit(
+        [
+            batch(held, Put("c:4", b"v", ABSENT), Put("c:1", b"new", ABSENT), version=_NEW),
+            batch(held, Put("c:past", b"new", ABSENT), version=_NEW),
+            batch(held, Put("c:5", b"v", ABSENT), version=_NEW),
+            batch(held, Put("c:5", b"new", ABSENT), version=_OLD),
+        ]
+    )
+
+    assert [type(outcome) for outcome in outcomes] == [Conflict, Committed, Committed, Conflict]
+    stored = [entry and entry.value for entry in await driver.get(["c:1", "c:4", "c:5", "c:past"])]
+    assert stored == [b"v", None, b"v", b"new"]
+
+
 async def test_every_increment_of_several_writers_counts_once(url: str, driver: PostgresDriver) -> None:
     keys = [f"c:{number}" for number in range(8)]
     await driver.commit([batch(Put("c:held", b"v"), *(Put(key, b"0") for key in keys), version=_OLD)])

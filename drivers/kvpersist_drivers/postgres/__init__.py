@@ -5,14 +5,14 @@ NUL, which a text of PostgreSQL cannot hold, is stored as ``\x01\x01`` and ``\x0
 No function, type or extension is made.
 
 ``get`` and ``scan`` are one statement, targets of index entries included. ``commit`` is one statement
-where there are only puts without conditions of their own, or only batches of one put under a known version,
-and checks of other keys that hold; otherwise it is one statement executed several times in one
-transaction: first for its locks, then once for every group of batches that may see the same state. Both are
-one round trip, and one after the other where such a condition does not hold. Every writer takes advisory
-locks of the transaction on the keys it writes, and shared ones on those it only checks, in the order of
-their numbers: so conditions are judged on a snapshot that nobody can change before the commit, and writers
-cannot deadlock each other. A call about more than 128 keys locks the table's writers out as a whole while it
-runs.
+where there are only puts without conditions of their own, only puts of absent keys, or only batches of one
+put under a known version, and checks of other keys that hold; otherwise it is one statement executed several
+times in one transaction: first for its locks, then once for every group of batches that may see the same
+state. Both are one round trip, and one after the other where such a condition does not hold. Every writer
+takes advisory locks of the transaction on the keys it writes, and shared ones on those it only checks, in the
+order of their numbers: so conditions are judged on a snapshot that nobody can change before the commit, and
+writers cannot deadlock each other. A call about more than 128 keys locks the table's writers out as a whole
+while it runs.
 
 The client's clock judges expiry. A cancelled commit is cancelled on the server too if it still can be;
 it may have happened. What was acknowledged is as durable as ``synchronous_commit`` and ``fsync`` say.
@@ -24,6 +24,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar, Final, Self, TypeAlias, cast
 from urllib.parse import urlsplit
 
@@ -351,11 +352,9 @@ class PostgresDriver:
 
     async def _apply(self, plan: Plan, now: float, batches: Sequence[Batch], answers: list[_Answer]) -> None:
         """Commit a plan and put the outcomes of its failed batches into ``answers``."""
-        swap = plan.swap_arguments(self._table, self._channel)
+        direct = plan.direct(self._table, self._channel)
         try:
-            rows = await self._again(
-                lambda: self._send(plan) if swap is None else self._connections.call(self._sql.swap, *swap, writes=True)
-            )
+            rows = await self._again(lambda: self._send(plan, direct))
         except asyncpg.PostgresError as error:
             if len(plan.places) == 1 or not is_of_one_batch(error):
                 raise of_server(error, self._where, writes=True) from error
@@ -367,7 +366,7 @@ class PostgresDriver:
                 except KvError as refused:
                     answers[place] = refused
             return
-        if swap is not None:
+        if direct is not None and direct[0] == "swap":
             await self._apply_unswapped(plan, rows, now, batches, answers)
             return
         for number, key, found in rows:
@@ -392,11 +391,14 @@ class PostgresDriver:
                 for place in left.places:
                     answers[place] = error
 
-    async def _send(self, plan: Plan) -> list[Row]:
-        """Send what is no `swap`; return the conditions that do not hold."""
-        args = plan.put_arguments(self._table, self._channel)
-        if args is not None and not await self._connections.call(self._sql.put, *args, writes=True):
-            return []
+    async def _send(self, plan: Plan, direct: tuple[str, tuple[Any, ...]] | None) -> list[Row]:
+        """Send a plan; return what ``swap`` answers, or the conditions that do not hold."""
+        if direct is not None:
+            name, args = direct
+            with suppress(asyncpg.UniqueViolationError):  # somebody inserted the same key a moment ago
+                rows = await self._connections.call(self._sql.direct[name], *args, writes=True)
+                if name == "swap" or not rows:
+                    return rows
         waves = plan.apply_arguments(self._table, self._channel)
         return await self._connections.call_many(self._sql.apply, waves, writes=True)
 

@@ -18,6 +18,7 @@ MAX_BATCH_BYTES: Final = 256 << 20  # of values in one statement, whose message 
 # key as stored, number of the batch, expected version or b"" for absent, value or None to delete, version, expiry
 _Write: TypeAlias = tuple[str, int, bytes | None, bytes | None, bytes, float | None]
 _Check: TypeAlias = tuple[str, int, bytes]  # key as stored, number of the batch, expected version or b"" for absent
+_VERSION: Final = 8  # bytes
 _LOCKS: Final = 128  # more keys than that lock the table as a whole: locks are a resource of the server
 
 
@@ -30,17 +31,20 @@ class Wave(NamedTuple):
 
 
 class Plan:
-    """Collects batches. One that cannot be kept is refused by itself and leaves nothing in the plan."""
+    """Collects batches. One that cannot be kept is refused by itself and leaves nothing in the plan.
+
+    ``swaps``: the statement ``swap`` may be tried.
+    """
 
     def __init__(self, now: float, *, swaps: bool = True) -> None:
         self.places: list[int] = []  # of the batches, as the caller counts them
         self.size = 0  # bytes of the values
         self._now = now
+        self._swaps = swaps
         self._writes: list[_Write] = []
         self._checks: list[_Check] = []
         self._ends: list[tuple[int, int]] = []  # of each batch, in the writes and in the checks
-        self._only_puts = True  # and none of them has a condition
-        self._only_swaps = swaps  # each batch is one put of a known version
+        self._direct: str | None = None  # the statement that each of the batches could be done by
         self._conditional = False
 
     def add(self, place: int, batch: Batch) -> KvError | None:
@@ -48,19 +52,21 @@ class Plan:
         number, version, size = len(self.places), batch.version, 0
         writes: list[_Write] = []
         checks: list[_Check] = []
-        only_puts, conditional = True, False
+        direct, conditional = "put", False
         try:
             for op in batch.ops:
                 key, expect = escaped(op.key, MAX_KEY_BYTES), op.expect
                 if expect is not None:
                     conditional = True
                     expect = b"" if expect is ABSENT else expect
-                    if len(expect) not in (0, 8):
-                        return BadRequest(f"the version expected at {op.key!r} has {len(expect)} bytes instead of 8")
+                    if len(expect) not in (0, _VERSION):
+                        return BadRequest(
+                            f"the version expected at {op.key!r} has {len(expect)} bytes instead of {_VERSION}"
+                        )
                     if type(op) is Check:
                         checks.append((key, number, expect))
                         continue
-                    only_puts = False
+                    direct = "swap" if expect else "insert"
                 if type(op) is Put:
                     value, expires = op.value, op.expires_at
                     if len(value) > MAX_VALUE_BYTES:
@@ -71,7 +77,6 @@ class Plan:
                         continue
                     if expires != expires:
                         return BadRequest("an expiry is a number of seconds since 1970, not NaN")
-                only_puts = False
                 writes.append((key, number, expect, None, version, None))
         except BadKey as error:
             return error
@@ -79,44 +84,43 @@ class Plan:
             return BadRequest(f"the values of one batch have {size} bytes, the limit is {2 * MAX_BATCH_BYTES}")
         if batch.ops:
             self.size += size
+            self._direct = direct if not self.places or direct == self._direct else None
             self.places.append(place)
             self._writes += writes
             self._checks += checks
             self._ends.append((len(self._writes), len(self._checks)))
             self._conditional = self._conditional or conditional
-            self._only_puts = self._only_puts and only_puts
-            self._only_swaps = self._only_swaps and len(writes) == 1 and bool(writes[0][2]) and writes[0][3] is not None
         return None
 
-    def put_arguments(self, table: int, channel: str | None) -> tuple[Any, ...] | None:
-        """Arguments of the statement ``put``; None where more is to be done than it can."""
-        return self._guarded(self._last(), table, channel) if self._only_puts else None
-
-    def swap_arguments(self, table: int, channel: str | None) -> tuple[Any, ...] | None:
-        """Arguments of the statement ``swap``; None where more is to be done than it can."""
-        if not self._only_swaps or len({write[0] for write in self._writes}) < len(self._writes):
+    def direct(self, table: int, channel: str | None) -> tuple[str, tuple[Any, ...]] | None:
+        """The statement that does all of it in one execution, by its name, and its arguments; None: ``apply`` does."""
+        name = self._direct
+        writes = self._last() if name == "put" else self._writes
+        if name is None or not writes:
             return None
-        guarded = self._guarded(self._writes, table, channel)
-        return None if guarded is None else (*guarded, [write[2] for write in self._writes])
+        keys, _, expects, values, versions, expiries = _columns(writes, 6)
+        found = {key: version for key, _, version in self._checks}
+        joined = b"".join(versions)  # asyncpg looks at each item of a list, whether it is a list itself
+        if (
+            len(joined) != _VERSION * len(keys)
+            or None in values
+            or not all(found.values())  # b"": nothing may be there
+            or not all(found[key] == version for key, _, version in self._checks)
+            or not found.keys().isdisjoint(keys)
+        ):
+            return None
+        if name != "put" and (expects.count(b"") not in (0, len(keys)) or len(set(keys)) < len(keys)):
+            return None
+        if name == "swap" and not (self._swaps and len(keys) == len(self.places)):
+            return None
+        what = "table" if len(keys) + len(found) > _LOCKS else "keys"
+        looked_at = (_joined(found), list(found.values())) if found else (None, None)
+        args = table, what, _joined(keys), *looked_at, self._now, values, joined, _column(expiries), channel
+        return name, (*args, b"".join(expects)) if name == "swap" else args
 
     def swaps(self) -> list[tuple[int, str]]:
         """The place and the key, as stored, of each put of ``swap``."""
         return [(place, write[0]) for place, write in zip(self.places, self._writes, strict=True)]
-
-    def _guarded(self, writes: Sequence[_Write], table: int, channel: str | None) -> tuple[Any, ...] | None:
-        if not writes:
-            return None
-        found = {key: version for key, _, version in self._checks}
-        keys, _, _, values, versions, expiries = _columns(writes, 6)
-        if found and not (
-            all(found.values())  # b"": nothing may be there
-            and all(found[key] == version for key, _, version in self._checks)
-            and found.keys().isdisjoint(keys)
-        ):
-            return None
-        what = "table" if len(keys) + len(found) > _LOCKS else "keys"
-        looked_at = (_joined(found), list(found.values())) if found else (None, None)
-        return table, what, _joined(keys), *looked_at, self._now, values, versions, _column(expiries), channel
 
     def apply_arguments(self, table: int, channel: str | None) -> list[tuple[Any, ...]]:
         """Arguments of the statement ``apply``: those of the locks, then those of each wave."""

@@ -38,8 +38,9 @@ class Statements:
         self._names = parts | {"{table}": self.table, "{index}": f'"{index}"'}
         self._scans: dict[tuple[str, bool, bool, bool], str] = {}
         self.server, self.columns = _TEXTS["server"], _TEXTS["columns"]
-        self.provision, self.get, self.put = self._named("provision"), self._named("get"), self._named("put")
-        self.swap, self.apply, self.compact = self._named("swap"), self._named("apply"), self._named("compact")
+        self.provision, self.get = self._named("provision"), self._named("get")
+        self.apply, self.compact = self._named("apply"), self._named("compact")
+        self.direct = {name: self._named(name) for name in ("put", "insert", "swap")}
 
     def scan(self, form: str, *, start: bool, end: bool, reverse: bool) -> str:
         """The text of a scan of the form "scan", "keys" or "deref" with or without bounds, which come last."""

@@ -70,12 +70,13 @@ held AS MATERIALIZED (
 )
 
 --- put
--- Puts without conditions, and checks that all of them need. $1..$6: as `guard` says; $7..$9: columns; $10: the
--- channel. Answers the keys that are in the way; then it did nothing.
+-- Puts without conditions, and checks that all of them need. $1..$6: as `guard` says; $7, $9: columns; $8: the
+-- versions, one behind the other; $10: the channel. Answers the keys that are in the way; then it did nothing.
 WITH {guard}, put AS (
     INSERT INTO {table} (key, value, version, expires_at)
-    SELECT op.*
-    FROM held, unnest(string_to_array($3::text, E'\x01\x03'), $7::bytea[], $8::bytea[], $9::float8[]) AS op
+    SELECT key, value, substring($8::bytea FROM (8 * number - 7)::int FOR 8), expires_at
+    FROM held, unnest(string_to_array($3::text, E'\x01\x03'), $7::bytea[], $9::float8[])
+        WITH ORDINALITY AS op (key, value, expires_at, number)
     WHERE n > 0 AND NOT EXISTS (SELECT FROM failed)
     ON CONFLICT (key) DO UPDATE
     SET value = excluded.value, version = excluded.version, expires_at = excluded.expires_at
@@ -85,15 +86,36 @@ UNION ALL
 SELECT NULL WHERE $10::text IS NOT NULL AND NOT EXISTS (SELECT FROM failed)
     AND pg_notify($10::text, CASE WHEN octet_length($3::text) < 7900 THEN $3::text ELSE '' END)::text IS NULL
 
+--- insert
+-- Puts of what must not be there, and checks that all of them need. $1..$10: as for `put`. Answers the keys that are
+-- in the way; then it did nothing. A key that came after the snapshot ends the statement by the table's own rule.
+WITH {guard}, present AS MATERIALIZED (
+    SELECT live.key FROM held, {table} AS live
+    WHERE n > 0 AND live.key = any(string_to_array($3::text, E'\x01\x03'))
+), inserted AS (
+    INSERT INTO {table} (key, value, version, expires_at)
+    SELECT key, value, substring($8::bytea FROM (8 * number - 7)::int FOR 8), expires_at
+    FROM held, unnest(string_to_array($3::text, E'\x01\x03'), $7::bytea[], $9::float8[])
+        WITH ORDINALITY AS op (key, value, expires_at, number)
+    WHERE n > 0 AND NOT EXISTS (SELECT FROM failed) AND NOT EXISTS (SELECT FROM present)
+)
+SELECT key FROM failed
+UNION ALL
+SELECT key FROM present
+UNION ALL
+SELECT NULL WHERE $10::text IS NOT NULL AND NOT EXISTS (SELECT FROM failed) AND NOT EXISTS (SELECT FROM present)
+    AND pg_notify($10::text, CASE WHEN octet_length($3::text) < 7900 THEN $3::text ELSE '' END)::text IS NULL
+
 --- swap
 -- Puts that are each a batch of its own, and checks that all of them need. $1..$10: as for `put`; $11: the versions
--- the puts expect. Answers the keys that were written, and those at which the version beside them was found instead;
+-- the puts expect, as $8. Answers the keys that were written, and those at which the version beside them was found instead;
 -- what it does not name was not written, and `apply` finds out why. An UPDATE looks at the newest state of an entry
 -- that its snapshot knows, so a mark does not matter to it.
 WITH {guard}, op AS MATERIALIZED (
-    SELECT op.*
-    FROM held, unnest(string_to_array($3::text, E'\x01\x03'), $7::bytea[], $8::bytea[], $9::float8[], $11::bytea[])
-        AS op (key, value, version, expires_at, expect)
+    SELECT key, value, expires_at, substring($8::bytea FROM (8 * number - 7)::int FOR 8) AS version,
+           substring($11::bytea FROM (8 * number - 7)::int FOR 8) AS expect
+    FROM held, unnest(string_to_array($3::text, E'\x01\x03'), $7::bytea[], $9::float8[])
+        WITH ORDINALITY AS op (key, value, expires_at, number)
     WHERE n > 0 AND NOT EXISTS (SELECT FROM failed)
 ), swapped AS (
     UPDATE {table} AS live SET value = op.value, version = op.version, expires_at = op.expires_at
@@ -109,7 +131,7 @@ SELECT op.key, live.version
 FROM op JOIN {table} AS live
     ON live.key = op.key AND (live.expires_at IS NULL OR live.expires_at > $6::float8)
     AND (live.xmax = '0' OR live.xmax = live.xmin)
-WHERE (SELECT count(*) FROM swapped) < cardinality($11::bytea[]) AND live.version <> op.expect
+WHERE (SELECT count(*) FROM swapped) < cardinality($7::bytea[]) AND live.version <> op.expect
 UNION ALL
 SELECT NULL, NULL FROM changed WHERE keys IS NOT NULL
     AND pg_notify($10::text, CASE WHEN octet_length(keys) < 7900 THEN keys ELSE '' END)::text IS NULL

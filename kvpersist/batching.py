@@ -119,12 +119,13 @@ class Batched:
         if len(calls) == 1:
             return [await self._get(calls[0])]
         unique = list(dict.fromkeys([key for keys in calls for key in keys]))
+        single = len(calls) == len(unique) and max(map(len, calls)) == 1  # each asks for a key of its own: most often
         try:
             entries = await self._get(unique)
         except KvError as error:
             return await self._get_around(calls, error)
-        if len(calls) == len(unique) and max(map(len, calls)) == 1:
-            return [[entry] for entry in entries]
+        if single:
+            return [[entry] for entry, _ in zip(entries, unique, strict=True)]
         found = dict(zip(unique, entries, strict=True))
         return [[found[key] for key in keys] for keys in calls]
 

@@ -47,7 +47,7 @@ class _Flight(Generic[_Work, _Answer]):
 class Lane(Generic[_Work, _Answer]):
     """Calls in their order. Belongs to the loop of its first call.
 
-    Nothing is delayed: a call that finds nothing in flight is taken at once, with all that came
+    No timer delays a call: one that finds nothing in flight is taken at once, with all that came
     with it. A second flight takes half of what there is, so that this process works while the
     backend does. ``apart`` is given what is in flight and returns what tells whether works may
     overtake it; one that may not waits, and so do those behind it.
@@ -171,8 +171,8 @@ class Lane(Generic[_Work, _Answer]):
         if not self._alternates:
             _settle(pairs)
             return
-        flying = sum([len(each.calls) for each in self._flights])
-        if not flying and len(pairs) >= _HALVED:  # half of them get a head start, or all would come back at once
+        others = sum([len(each.calls) for each in self._flights])
+        if not others and len(pairs) >= _HALVED:  # half of them get a head start, or all would come back at once
             half = len(pairs) // 2
             _settle(pairs[:half])
             pairs = pairs[half:]
@@ -182,8 +182,8 @@ class Lane(Generic[_Work, _Answer]):
                 _settle(pairs)
             return
         _settle(pairs)
-        if flying and 0 < len(self._waiting) < len(pairs) + flying:
-            await asyncio.sleep(0)  # too few are waiting for a flight of their own, they fly with those who call again
+        if others and 0 < len(self._waiting) < len(pairs) + others:
+            await asyncio.sleep(0)  # fewer than half of all are waiting: they fly with those who now call again
 
     def _take(self, flight: _Flight[_Work, _Answer]) -> list[_Call[_Work, _Answer]]:
         """Take whole calls, at least one if any may fly, up to the limits of a drain; cancelled ones are dropped."""

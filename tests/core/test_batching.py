@@ -600,6 +600,21 @@ async def test_two_flights_survive_the_cancellation_of_all_tasks() -> None:
     await lanes.close()
 
 
+@pytest.mark.parametrize("wanted", [[["a"], ["b"]], [["a"], ["a"], ["b"]]], ids=["a key each", "some share"])
+async def test_nobody_is_given_an_entry_where_a_driver_returns_too_few(wanted: list[list[str]]) -> None:
+    class Short(Scripted):
+        async def get(self, keys: Sequence[str]) -> list[Entry | None]:
+            return (await super().get(keys))[1:]
+
+    lanes = Batched(Short())
+    calls = [asyncio.ensure_future(lanes.get(keys)) for keys in wanted]
+
+    errors = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 5)
+
+    assert [type(error) for error in errors] == [ValueError] * len(wanted)
+    await lanes.close()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_a_driver_that_answers_too_few_leaves_nobody_waiting() -> None:
     class Short(Scripted):

@@ -260,8 +260,8 @@ async def test_nothing_is_lost_on_ferretdb_though_processes_are_killed_and_stopp
 ) -> None:
     url = empty_store("mongo", tmp_path, service) + "&kv.timeout=60"  # a killed process keeps its turn for 8 s
 
+    events = min(_FERRETDB_ROUND, _FERRETDB_EVENTS)
     for first in range(0, _FERRETDB_EVENTS, _FERRETDB_ROUND):
-        events = min(_FERRETDB_ROUND, _FERRETDB_EVENTS - first)
         folder = tmp_path / str(first)
         folder.mkdir()
 

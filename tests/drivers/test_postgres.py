@@ -548,10 +548,10 @@ async def test_an_insert_that_waits_for_another_writer_is_judged_by_what_that_on
 
 
 async def test_inserts_are_told_apart(driver: PostgresDriver) -> None:
+    now = time.time()
     await driver.commit([batch(Put("c:held", b"v"), version=_OLD)])
-    await driver.commit([batch(Put("c:past", b"v", None, time.time() + 0.001), version=_OLD)])
-    while (await driver.get(["c:past"]))[0] is not None:
-        await asyncio.sleep(0.001)
+    await driver.commit([batch(Put("c:past", b"v", None, now + 60), version=_OLD)])
+    driver.clock = lambda: now + 120
     held = Check("c:held", _OLD)
     counted = _Counted(driver)
     two = batch(held, Put("c:1", b"v", ABSENT), Put("c:2", b"v", ABSENT), version=_NEW)
@@ -570,9 +570,55 @@ async def test_inserts_are_told_apart(driver: PostgresDriver) -> None:
         ]
     )
 
-    assert [type(outcome) for outcome in outcomes] == [Conflict, Committed, Committed, Conflict]
+    assert outcomes[1:3] == [Committed(_NEW), Committed(_NEW)]
+    assert [outcome.args for outcome in outcomes if isinstance(outcome, Conflict)] == [
+        ("c:1", ABSENT, _NEW, 2),
+        ("c:5", ABSENT, _NEW, 1),
+    ]
     stored = [entry and entry.value for entry in await driver.get(["c:1", "c:4", "c:5", "c:past"])]
     assert stored == [b"v", None, b"v", b"new"]
+
+
+async def test_who_lost_a_put_under_a_version_leaves_nothing_that_costs_others_a_call(
+    url: str, driver: PostgresDriver
+) -> None:
+    await driver.commit([batch(Put("c:held", b"v"), version=_OLD)])
+    writer = await asyncpg.connect(url)
+    try:
+        async with writer.transaction():
+            await writer.execute("SELECT pg_advisory_xact_lock($1, hashtext('c:held' COLLATE \"C\"))", driver._table)
+            await writer.execute(f"UPDATE {driver._sql.table} SET version = $1 WHERE key = 'c:held'", _NEW)
+            losing = asyncio.create_task(driver.commit([batch(Put("c:held", b"p", _OLD))]))
+            async with asyncio.timeout(10):
+                while not await writer.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+                    await asyncio.sleep(0.01)
+    finally:
+        await writer.close()
+    [lost] = await losing
+    assert isinstance(lost, Conflict)
+
+    counted = _Counted(driver)
+    [outcome] = await driver.commit([batch(Check("c:held", _NEW), Put("c:a", b"v"))])
+
+    assert isinstance(outcome, Committed)
+    assert counted() == 1
+
+
+async def test_an_error_behind_some_puts_under_a_version_is_not_theirs(
+    driver: PostgresDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await driver.commit([batch(Put("c:a", b"v"), version=_OLD)])
+
+    async def lost(*_: object, **__: object) -> None:
+        raise CommitUnknown((), "the connection broke")
+
+    monkeypatch.setattr(driver._connections, "call_many", lost)
+    outcomes = await driver.commit(
+        [batch(Put("c:a", b"new", _OLD), version=_NEW), batch(Put("c:none", b"new", _OLD), version=_NEW)]
+    )
+
+    assert outcomes[0] == Committed(_NEW)
+    assert isinstance(outcomes[1], CommitUnknown)
 
 
 async def test_every_increment_of_several_writers_counts_once(url: str, driver: PostgresDriver) -> None:
@@ -600,10 +646,10 @@ async def test_every_increment_of_several_writers_counts_once(url: str, driver: 
 
 
 async def test_puts_under_a_version_are_told_apart(driver: PostgresDriver) -> None:
+    now = time.time()
     await driver.commit([batch(*(Put(f"c:{number}", b"v") for number in range(4)), version=_OLD)])
-    await driver.commit([batch(Put("c:past", b"v", None, time.time() + 0.001), version=_OLD)])
-    while (await driver.get(["c:past"]))[0] is not None:
-        await asyncio.sleep(0.001)
+    await driver.commit([batch(Put("c:past", b"v", None, now + 60), version=_OLD)])
+    driver.clock = lambda: now + 120
 
     outcomes = await driver.commit(
         [

@@ -4,15 +4,15 @@ A store is one table: key, value, version, expiry. Its keys are compared byte by
 NUL, which a text of PostgreSQL cannot hold, is stored as ``\x01\x01`` and ``\x01`` as ``\x01\x02``.
 No function, type or extension is made.
 
-``get`` and ``scan`` are one statement, targets of index entries included. ``commit`` is one statement
-where there are only puts without conditions of their own, only puts of absent keys, or only batches of one
-put under a known version, and checks of other keys that hold; otherwise it is one statement executed several
-times in one transaction: first for its locks, then once for every group of batches that may see the same
-state. Both are one round trip, and one after the other where such a condition does not hold. Every writer
-takes advisory locks of the transaction on the keys it writes, and shared ones on those it only checks, in the
-order of their numbers: so conditions are judged on a snapshot that nobody can change before the commit, and
-writers cannot deadlock each other. A call about more than 128 keys locks the table's writers out as a whole
-while it runs.
+``get`` and ``scan`` are one statement, targets of index entries included. ``commit`` is one statement where
+there are only puts without conditions of their own, only puts of absent keys, or only batches of one put under
+a known version, and checks of other keys that hold; otherwise it is one statement executed several times in
+one transaction: first for its locks, then once for every group of batches that may see the same state. Both
+are one round trip, and one after the other where such a condition does not hold, or a key occurs twice. Every
+writer takes advisory locks of the transaction on the keys it writes, and shared ones on those it only checks,
+in the order of their numbers: so nobody changes what conditions were judged by before the commit, and writers
+cannot deadlock each other. A call about more than 128 keys locks the table's writers out as a whole while it
+runs.
 
 The client's clock judges expiry. A cancelled commit is cancelled on the server too if it still can be;
 it may have happened. What was acknowledged is as durable as ``synchronous_commit`` and ``fsync`` say.
@@ -379,7 +379,7 @@ class PostgresDriver:
         """Put what ``swap`` answered into ``answers``, and commit what it said nothing of."""
         told: dict[str, bytes | None] = {row[0]: row[1] for row in rows}
         left = Plan(now, swaps=False)
-        for place, key in plan.swaps():
+        for place, key in plan.swapping():
             if key not in told:
                 left.add(place, batches[place])
             elif (found := told[key]) is not None:

@@ -44,7 +44,7 @@ class Plan:
         self._writes: list[_Write] = []
         self._checks: list[_Check] = []
         self._ends: list[tuple[int, int]] = []  # of each batch, in the writes and in the checks
-        self._direct: str | None = None  # the statement that each of the batches could be done by
+        self._candidate: str | None = None  # the statement besides ``apply`` that may do all of it
         self._conditional = False
 
     def add(self, place: int, batch: Batch) -> KvError | None:
@@ -52,7 +52,7 @@ class Plan:
         number, version, size = len(self.places), batch.version, 0
         writes: list[_Write] = []
         checks: list[_Check] = []
-        direct, conditional = "put", False
+        candidate, conditional = "put", False
         try:
             for op in batch.ops:
                 key, expect = escaped(op.key, MAX_KEY_BYTES), op.expect
@@ -66,7 +66,7 @@ class Plan:
                     if type(op) is Check:
                         checks.append((key, number, expect))
                         continue
-                    direct = "swap" if expect else "insert"
+                    candidate = "swap" if expect else "insert"
                 if type(op) is Put:
                     value, expires = op.value, op.expires_at
                     if len(value) > MAX_VALUE_BYTES:
@@ -84,7 +84,8 @@ class Plan:
             return BadRequest(f"the values of one batch have {size} bytes, the limit is {2 * MAX_BATCH_BYTES}")
         if batch.ops:
             self.size += size
-            self._direct = direct if not self.places or direct == self._direct else None
+            if candidate != self._candidate:
+                self._candidate = None if self.places else candidate
             self.places.append(place)
             self._writes += writes
             self._checks += checks
@@ -94,15 +95,14 @@ class Plan:
 
     def direct(self, table: int, channel: str | None) -> tuple[str, tuple[Any, ...]] | None:
         """The statement that does all of it in one execution, by its name, and its arguments; None: ``apply`` does."""
-        name = self._direct
+        name = self._candidate
         writes = self._last() if name == "put" else self._writes
         if name is None or not writes:
             return None
         keys, _, expects, values, versions, expiries = _columns(writes, 6)
         found = {key: version for key, _, version in self._checks}
-        joined = b"".join(versions)  # asyncpg looks at each item of a list, whether it is a list itself
         if (
-            len(joined) != _VERSION * len(keys)
+            set(map(len, versions)) != {_VERSION}
             or None in values
             or not all(found.values())  # b"": nothing may be there
             or not all(found[key] == version for key, _, version in self._checks)
@@ -115,10 +115,11 @@ class Plan:
             return None
         what = "table" if len(keys) + len(found) > _LOCKS else "keys"
         looked_at = (_joined(found), list(found.values())) if found else (None, None)
-        args = table, what, _joined(keys), *looked_at, self._now, values, joined, _column(expiries), channel
+        together = b"".join(versions)  # asyncpg looks at each item of a list, whether it is a list itself
+        args = table, what, _joined(keys), *looked_at, self._now, values, together, _column(expiries), channel
         return name, (*args, b"".join(expects)) if name == "swap" else args
 
-    def swaps(self) -> list[tuple[int, str]]:
+    def swapping(self) -> list[tuple[int, str]]:
         """The place and the key, as stored, of each put of ``swap``."""
         return [(place, write[0]) for place, write in zip(self.places, self._writes, strict=True)]
 

@@ -55,7 +55,8 @@ FROM unnest(CASE WHEN $2::text IS NOT NULL THEN array_prepend(NULL, ARRAY(
 --- guard
 -- Takes the locks, then looks for what the checks name. $1..$4: the locks, and so the keys; $5: the versions to be
 -- found; $6: now. The snapshot is older than the locks, but who changed an entry since has left its mark on the one
--- that is seen: xmax, which is xmin where the entry was itself an update. Some marks say nothing: `apply` looks again.
+-- that is seen: its xmax. Its own writer may have left that too, by ON CONFLICT DO UPDATE, which is no mark. Some
+-- marks say nothing, as of what was rolled back: `apply` looks again.
 held AS MATERIALIZED (
     SELECT count(taken) AS n FROM ({locks}) AS l
 ), failed AS MATERIALIZED (
@@ -108,9 +109,9 @@ SELECT NULL WHERE $10::text IS NOT NULL AND NOT EXISTS (SELECT FROM failed) AND 
 
 --- swap
 -- Puts that are each a batch of its own, and checks that all of them need. $1..$10: as for `put`; $11: the versions
--- the puts expect, as $8. Answers the keys that were written, and those at which the version beside them was found instead;
--- what it does not name was not written, and `apply` finds out why. An UPDATE looks at the newest state of an entry
--- that its snapshot knows, so a mark does not matter to it.
+-- the puts expect, as $8. Answers the keys that were written, and those at which the version beside them was found
+-- instead; what it does not name was not written, and `apply` finds out why. A marked entry is left alone: where it
+-- was replaced meanwhile, UPDATE would find its successor in the way, and leave a mark there that lasts.
 WITH {guard}, op AS MATERIALIZED (
     SELECT key, value, expires_at, substring($8::bytea FROM (8 * number - 7)::int FOR 8) AS version,
            substring($11::bytea FROM (8 * number - 7)::int FOR 8) AS expect
@@ -120,7 +121,9 @@ WITH {guard}, op AS MATERIALIZED (
 ), swapped AS (
     UPDATE {table} AS live SET value = op.value, version = op.version, expires_at = op.expires_at
     FROM op
-    WHERE live.key = op.key AND live.version = op.expect AND (live.expires_at IS NULL OR live.expires_at > $6::float8)
+    WHERE live.key = op.key AND live.version = op.expect
+        AND (live.expires_at IS NULL OR live.expires_at > $6::float8)
+        AND (live.xmax = '0' OR live.xmax = live.xmin)
     RETURNING live.key
 ), changed AS (
     SELECT string_agg(key, E'\x01\x03') AS keys FROM swapped WHERE $10::text IS NOT NULL

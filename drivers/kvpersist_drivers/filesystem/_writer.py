@@ -150,7 +150,7 @@ class Writer:
             self._head = self.journal.head()
             if self._head.pending:
                 self._head = self.journal.settle(self._head)
-        except BaseException:
+        except BaseException:  # whatever it was, the lock is given back
             self._release()
             raise
 

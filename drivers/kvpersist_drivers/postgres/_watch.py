@@ -88,7 +88,7 @@ class Listener:
             try:
                 await connection.add_listener(self._channel, self._notified)
                 connection.add_termination_listener(self._lost)
-            except BaseException as error:
+            except BaseException as error:  # cancelled too: the connection is not left open
                 await self._source.retire(connection)
                 if isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError | OSError):
                     raise self._source.failure(error) from error

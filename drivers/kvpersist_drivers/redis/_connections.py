@@ -249,7 +249,7 @@ class Connections:
                 await connection.disconnect(nowait=True)  # the server closed it meanwhile
                 await self._doubt()
             await self._connect(connection)
-        except BaseException:
+        except BaseException:  # cancelled too: its place in the pool is given back
             self._rest(connection)
             raise
         return connection
@@ -268,7 +268,7 @@ class Connections:
         if self._greet is not None:
             try:
                 await self._connect(connection)
-            except BaseException:
+            except BaseException:  # cancelled too: its place in the pool is given back
                 self._rest(connection)
                 raise
         return connection
@@ -280,7 +280,7 @@ class Connections:
                     await connection.connect()
                     if self._greet is not None:
                         await self._greet(connection, self.where)
-        except BaseException:
+        except BaseException:  # cancelled too: a connection half made is of no use
             await connection.disconnect(nowait=True)
             raise
 

@@ -51,7 +51,7 @@ async def _told(servers: Servers) -> dict[str, str]:
         [told] = await servers.ask([Request(0, ("INFO", "server"))])
         if isinstance(told, KvError) and type(told) not in (ReadOnly, KvError):
             raise told
-    except BaseException:
+    except BaseException:  # cancelled too: nothing may stay open
         await servers.close()
         raise
     text: str = "" if isinstance(told, KvError) else told.decode("utf-8", "replace")

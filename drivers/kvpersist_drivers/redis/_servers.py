@@ -155,8 +155,8 @@ class _Moving(Servers):
             ]
             try:
                 outcomes = [await tries[0]] if len(tries) == 1 else await asyncio.gather(*tries)
-            except BaseException:
-                self._doubted = True  # cancelled: a server may be hanging
+            except BaseException:  # cancelled too: a server may be hanging
+                self._doubted = True
                 raise
             left = {}
             lost: dict[int, Connections] = {}

@@ -134,6 +134,7 @@ class Repository(Generic[R]):
         Raises:
             CorruptRecord: stored bytes are not a record of this repository's type.
         """
+        # not by `_entry`: a coroutine less, on the hottest path
         [entry] = await (self.store if tx is None else tx)._entries((self._prefix + self._pk(id),))
         return self._record(entry)
 

@@ -415,6 +415,11 @@ class Held(Scripted):
             hold.set()
 
 
+async def put_three_times(lanes: Batched, caller: int) -> None:
+    for turn in range(3):
+        await lanes.commit([put(f"{caller}.{turn}")])
+
+
 def keys_of(commits: list[list[Batch]]) -> list[list[str]]:
     return [[op.key for batch in batches for op in batch.ops] for batches in commits]
 
@@ -458,11 +463,7 @@ async def test_a_flight_that_was_alone_is_answered_in_halves_so_that_two_alterna
     driver = Held()
     lanes = Batched(driver)
 
-    async def again(n: int) -> None:
-        for turn in range(3):
-            await lanes.commit([put(f"{n}.{turn}")])
-
-    tasks = [asyncio.ensure_future(again(n)) for n in range(64)]
+    tasks = [asyncio.ensure_future(put_three_times(lanes, n)) for n in range(64)]
     while not all(task.done() for task in tasks):
         await settle()
         for hold in driver.holds[:1]:
@@ -477,13 +478,9 @@ async def test_three_groups_of_callers_become_two_that_alternate() -> None:
     driver = Held()
     lanes = Batched(driver)
 
-    async def again(n: int) -> None:
-        for turn in range(3):
-            await lanes.commit([put(f"{n}.{turn}")])
-
     tasks = []
     for group in range(3):  # two fly, and the third waits
-        tasks += [asyncio.ensure_future(again(n)) for n in range(21 * group, 21 * group + 21)]
+        tasks += [asyncio.ensure_future(put_three_times(lanes, n)) for n in range(21 * group, 21 * group + 21)]
         await settle()
     while not all(task.done() for task in tasks):
         for hold in driver.holds[:1]:

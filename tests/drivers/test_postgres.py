@@ -478,6 +478,18 @@ _OLD, _NEW = b"versold!", b"versnew!"
 _OTHER = "INSERT INTO {t} (key, value, version) VALUES ('c:other', '', $1)"
 
 
+async def _lock(writer: Any, driver: PostgresDriver, key: str) -> None:
+    """Lock ``key`` as who writes it does."""
+    await writer.execute('SELECT pg_advisory_xact_lock($1, hashtext($2::text COLLATE "C"))', driver._table, key)
+
+
+async def _until_waiting(writer: Any, count: int = 1) -> None:
+    """Return once ``count`` others wait for locks."""
+    async with asyncio.timeout(10):
+        while await writer.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted") < count:
+            await asyncio.sleep(0.01)
+
+
 @pytest.mark.parametrize("updated", [False, True], ids=["first", "updated"])
 @pytest.mark.parametrize(
     ("change", "outcomes"),
@@ -502,13 +514,10 @@ async def test_a_put_that_waits_for_another_writer_is_judged_by_what_that_one_le
     writer = await asyncpg.connect(url)
     try:
         async with writer.transaction():
-            # as `apply` locks what it writes
-            await writer.execute("SELECT pg_advisory_xact_lock($1, hashtext('c:held' COLLATE \"C\"))", driver._table)
+            await _lock(writer, driver, "c:held")
             await writer.execute(change.replace("{other}", _OTHER).format(t=driver._sql.table), _NEW)
             puts = [asyncio.create_task(driver.commit([put_at(version)])) for version in outcomes]
-            async with asyncio.timeout(10):
-                while await writer.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted") < len(puts):
-                    await asyncio.sleep(0.01)
+            await _until_waiting(writer, len(puts))
     finally:
         await writer.close()
 
@@ -528,14 +537,12 @@ async def test_an_insert_that_waits_for_another_writer_is_judged_by_what_that_on
     try:
         transaction = writer.transaction()
         await transaction.start()
-        await writer.execute("SELECT pg_advisory_xact_lock($1, hashtext('c:other' COLLATE \"C\"))", driver._table)
+        await _lock(writer, driver, "c:other")
         await writer.execute(_OTHER.format(t=driver._sql.table), _OLD)
         inserts = asyncio.create_task(
             driver.commit([batch(Put("c:other", b"p", ABSENT)), batch(Put("c:beside", b"p", ABSENT))])
         )
-        async with asyncio.timeout(10):
-            while not await writer.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
-                await asyncio.sleep(0.01)
+        await _until_waiting(writer)
         await (transaction.commit() if stays else transaction.rollback())
     finally:
         await writer.close()
@@ -586,12 +593,10 @@ async def test_who_lost_a_put_under_a_version_leaves_nothing_that_costs_others_a
     writer = await asyncpg.connect(url)
     try:
         async with writer.transaction():
-            await writer.execute("SELECT pg_advisory_xact_lock($1, hashtext('c:held' COLLATE \"C\"))", driver._table)
+            await _lock(writer, driver, "c:held")
             await writer.execute(f"UPDATE {driver._sql.table} SET version = $1 WHERE key = 'c:held'", _NEW)
             losing = asyncio.create_task(driver.commit([batch(Put("c:held", b"p", _OLD))]))
-            async with asyncio.timeout(10):
-                while not await writer.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
-                    await asyncio.sleep(0.01)
+            await _until_waiting(writer)
     finally:
         await writer.close()
     [lost] = await losing

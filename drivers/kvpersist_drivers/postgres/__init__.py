@@ -221,13 +221,10 @@ class PostgresDriver:
         for plan in plans:
             if not plan.places:
                 continue
-            try:
+            if len(plans) == 1:
                 await self._apply(plan, now, batches, answers)
-            except KvError as error:
-                if len(plans) == 1:
-                    raise
-                for place in plan.places:
-                    answers[place] = error
+            else:
+                await self._apply_apart(plan, now, batches, answers)
         return answers
 
     async def scan(
@@ -361,10 +358,7 @@ class PostgresDriver:
             for place in plan.places:  # each by itself, so that only those fail which have to
                 alone = Plan(now)
                 alone.add(place, batches[place])
-                try:
-                    await self._apply(alone, now, batches, answers)
-                except KvError as refused:
-                    answers[place] = refused
+                await self._apply_apart(alone, now, batches, answers)
             return
         if direct is not None and direct[0] == "swap":
             await self._apply_unswapped(plan, rows, now, batches, answers)
@@ -385,11 +379,15 @@ class PostgresDriver:
             elif (found := told[key]) is not None:
                 _note(answers, place, batches[place], key, found)
         if left.places:
-            try:
-                await self._apply(left, now, batches, answers)
-            except KvError as error:  # theirs, and not of those that were swapped
-                for place in left.places:
-                    answers[place] = error
+            await self._apply_apart(left, now, batches, answers)
+
+    async def _apply_apart(self, plan: Plan, now: float, batches: Sequence[Batch], answers: list[_Answer]) -> None:
+        """As `_apply`; an error is the outcome of this plan's batches, and of no others."""
+        try:
+            await self._apply(plan, now, batches, answers)
+        except KvError as error:
+            for place in plan.places:
+                answers[place] = error
 
     async def _send(self, plan: Plan, direct: tuple[str, tuple[Any, ...]] | None) -> list[Row]:
         """Send a plan; return what ``swap`` answers, or the conditions that do not hold."""

@@ -86,7 +86,7 @@ def escaped(key: str, limit: int | None = None) -> str:
 
 
 def all_escaped(keys: Sequence[str]) -> Sequence[str]:
-    """Return ``keys`` as they are stored: the same object where they are stored as they are. Raises as `escaped`."""
+    """Return each of ``keys`` as `escaped` does without a limit."""
     together = "".join(keys)
     if together.isascii() and "\0" not in together and "\1" not in together:
         return keys

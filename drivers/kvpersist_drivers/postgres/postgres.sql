@@ -53,10 +53,11 @@ FROM unnest(CASE WHEN $2::text IS NOT NULL THEN array_prepend(NULL, ARRAY(
 )) END) AS l
 
 --- guard
--- Takes the locks, then looks for what the checks name. $1..$4: the locks, and so the keys; $5: the versions to be
--- found; $6: now. The snapshot is older than the locks, but who changed an entry since has left its mark on the one
--- that is seen: its xmax. Its own writer may have left that too, by ON CONFLICT DO UPDATE, which is no mark. Some
--- marks say nothing, as of what was rolled back: `apply` looks again.
+-- Takes the locks, looks for what the checks name, and hands out the rows to be put if nothing is in the way.
+-- $1..$4: the locks, and so the keys; $5: the versions to be found; $6: now; $7, $9: columns of the rows; $8: their
+-- versions, one behind the other. The snapshot is older than the locks, but who changed an entry since has left its
+-- mark on the one that is seen: its xmax. Its own writer may have left that too, by ON CONFLICT DO UPDATE, which is
+-- no mark. Some marks say nothing, as of what was rolled back: `apply` looks again.
 held AS MATERIALIZED (
     SELECT count(taken) AS n FROM ({locks}) AS l
 ), failed AS MATERIALIZED (
@@ -68,17 +69,19 @@ held AS MATERIALIZED (
         WHERE live.key = wanted.key AND (live.expires_at IS NULL OR live.expires_at > $6::float8)
             AND (live.xmax = '0' OR live.xmax = live.xmin)
     )
-)
-
---- put
--- Puts without conditions, and checks that all of them need. $1..$6: as `guard` says; $7, $9: columns; $8: the
--- versions, one behind the other; $10: the channel. Answers the keys that are in the way; then it did nothing.
-WITH {guard}, put AS (
-    INSERT INTO {table} (key, value, version, expires_at)
-    SELECT key, value, substring($8::bytea FROM (8 * number - 7)::int FOR 8), expires_at
+), op AS (
+    SELECT key, value, substring($8::bytea FROM (8 * number - 7)::int FOR 8) AS version, expires_at, number
     FROM held, unnest(string_to_array($3::text, E'\x01\x03'), $7::bytea[], $9::float8[])
         WITH ORDINALITY AS op (key, value, expires_at, number)
     WHERE n > 0 AND NOT EXISTS (SELECT FROM failed)
+)
+
+--- put
+-- Puts without conditions, and checks that all of them need. $1..$9: as `guard` says; $10: the channel. Answers the
+-- keys that are in the way; then it did nothing.
+WITH {guard}, put AS (
+    INSERT INTO {table} (key, value, version, expires_at)
+    SELECT key, value, version, expires_at FROM op
     ON CONFLICT (key) DO UPDATE
     SET value = excluded.value, version = excluded.version, expires_at = excluded.expires_at
 )
@@ -95,10 +98,7 @@ WITH {guard}, present AS MATERIALIZED (
     WHERE n > 0 AND live.key = any(string_to_array($3::text, E'\x01\x03'))
 ), inserted AS (
     INSERT INTO {table} (key, value, version, expires_at)
-    SELECT key, value, substring($8::bytea FROM (8 * number - 7)::int FOR 8), expires_at
-    FROM held, unnest(string_to_array($3::text, E'\x01\x03'), $7::bytea[], $9::float8[])
-        WITH ORDINALITY AS op (key, value, expires_at, number)
-    WHERE n > 0 AND NOT EXISTS (SELECT FROM failed) AND NOT EXISTS (SELECT FROM present)
+    SELECT key, value, version, expires_at FROM op WHERE NOT EXISTS (SELECT FROM present)
 )
 SELECT key FROM failed
 UNION ALL
@@ -112,15 +112,11 @@ SELECT NULL WHERE $10::text IS NOT NULL AND NOT EXISTS (SELECT FROM failed) AND 
 -- the puts expect, as $8. Answers the keys that were written, and those at which the version beside them was found
 -- instead; what it does not name was not written, and `apply` finds out why. A marked entry is left alone: where it
 -- was replaced meanwhile, UPDATE would find its successor in the way, and leave a mark there that lasts.
-WITH {guard}, op AS MATERIALIZED (
-    SELECT key, value, expires_at, substring($8::bytea FROM (8 * number - 7)::int FOR 8) AS version,
-           substring($11::bytea FROM (8 * number - 7)::int FOR 8) AS expect
-    FROM held, unnest(string_to_array($3::text, E'\x01\x03'), $7::bytea[], $9::float8[])
-        WITH ORDINALITY AS op (key, value, expires_at, number)
-    WHERE n > 0 AND NOT EXISTS (SELECT FROM failed)
+WITH {guard}, expected AS MATERIALIZED (
+    SELECT op.*, substring($11::bytea FROM (8 * number - 7)::int FOR 8) AS expect FROM op
 ), swapped AS (
     UPDATE {table} AS live SET value = op.value, version = op.version, expires_at = op.expires_at
-    FROM op
+    FROM expected AS op
     WHERE live.key = op.key AND live.version = op.expect
         AND (live.expires_at IS NULL OR live.expires_at > $6::float8)
         AND (live.xmax = '0' OR live.xmax = live.xmin)
@@ -131,7 +127,7 @@ WITH {guard}, op AS MATERIALIZED (
 SELECT key, NULL::bytea AS version FROM swapped
 UNION ALL
 SELECT op.key, live.version
-FROM op JOIN {table} AS live
+FROM expected AS op JOIN {table} AS live
     ON live.key = op.key AND (live.expires_at IS NULL OR live.expires_at > $6::float8)
     AND (live.xmax = '0' OR live.xmax = live.xmin)
 WHERE (SELECT count(*) FROM swapped) < cardinality($7::bytea[]) AND live.version <> op.expect
